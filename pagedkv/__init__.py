@@ -1,0 +1,1 @@
+"""KV-cache memory manager and continuous-batching scheduler that inference engines embed."""
