@@ -1,0 +1,55 @@
+"""Names for the arrays that travel between the parts, and the one way in which caller's numbers become them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.errors import InvalidArgumentError
+
+__all__ = ["BlockIds", "Int32s", "Int64s", "Rows", "as_int", "as_token_ids", "cdiv"]
+
+Int32s: TypeAlias = NDArray[np.int32]
+Int64s: TypeAlias = NDArray[np.int64]
+BlockIds: TypeAlias = Int32s
+"""(n,) int32: indices of blocks in their pool."""
+Rows: TypeAlias = Int64s
+"""(n,) int64: indices of live sequences in the columnar tables."""
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Divide and round up.
+
+    >>> cdiv(33, 16)
+    3
+    """
+    return -(-numerator // denominator)
+
+
+def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
+    """Return `value` as an int if it is a whole number in `at_least..at_most`; booleans and floats are not.
+
+    Raises InvalidArgumentError with the name, the range and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InvalidArgumentError(f"{name} must be a whole number, found {value!r}")
+    if not at_least <= value <= at_most:
+        raise InvalidArgumentError(f"{name} must be in {at_least}..{at_most}, found {value}")
+    return int(value)
+
+
+def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
+    """Return token ids as a (n,) int32 array. Raises InvalidArgumentError unless all are whole, 0..2^31-1. O(n)."""
+    array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {array.dtype} of {array.shape}")
+    if array.min() < 0 or array.max() > MAX_TOKEN_ID:
+        raise InvalidArgumentError(f"{name} must be in 0..{MAX_TOKEN_ID}, found {array.min()}..{array.max()}")
+    return array.astype(np.int32)

@@ -1,0 +1,37 @@
+"""How large the memory is and what it shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pagedkv.arrays import as_int
+from pagedkv.block_keys import CacheIdentity
+from pagedkv.block_pool import MAX_NUM_BLOCKS
+from pagedkv.errors import ConfigError, InvalidArgumentError
+
+__all__ = ["MAX_BLOCK_SIZE", "CacheConfig"]
+
+MAX_BLOCK_SIZE = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Sizes of the two pools and of a block.
+
+    `num_blocks` device blocks of `block_size` token slots each; `num_host_blocks` of the same size for swapping;
+    `prefix_caching` names full blocks for reuse; `identity` keeps caches of different models apart.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    num_host_blocks: int = 0
+    prefix_caching: bool = True
+    identity: CacheIdentity = field(default_factory=CacheIdentity)
+
+    def __post_init__(self) -> None:
+        try:
+            as_int("num_blocks", self.num_blocks, at_least=1, at_most=MAX_NUM_BLOCKS)
+            as_int("block_size", self.block_size, at_least=1, at_most=MAX_BLOCK_SIZE)
+            as_int("num_host_blocks", self.num_host_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
+        except InvalidArgumentError as error:
+            raise ConfigError(str(error)) from None

@@ -1,0 +1,166 @@
+"""What a sequence contains, as far as memory must know: the names of its full blocks, and where there are any, its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from pagedkv.arrays import Int32s, Int64s, as_int, cdiv
+from pagedkv.block_keys import ExtraKey, Key, chain_keys, encode_extras
+from pagedkv.errors import InvalidArgumentError
+
+__all__ = ["MAX_TOKENS", "Content", "SimulatedContent", "SimulatedPrompt", "TokenContent"]
+
+MAX_TOKENS = 2**26
+"""Documented cap on the tokens of one sequence."""
+MAX_CONTENT_ID = 2**62
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimulatedPrompt:
+    """A prompt of which only the length is known, and perhaps which blocks it shares with others.
+
+    `content_ids[i]` names block i *and the whole prefix before it*, as the `hash_ids` of the Mooncake and Qwen-Bailian
+    traces do: equal ids mean equal prefixes. `content_block_size` is the number of tokens that one id covers; the last
+    id may stand for a block that is only partly filled.
+    """
+
+    num_tokens: int
+    content_ids: Int64s | Sequence[int] = ()
+    content_block_size: int = 0
+
+    def __post_init__(self) -> None:
+        as_int("num_tokens", self.num_tokens, at_least=1, at_most=MAX_TOKENS)
+        num_ids = len(self.content_ids)
+        if num_ids == 0:
+            return
+        as_int("content_block_size", self.content_block_size, at_least=1, at_most=MAX_TOKENS)
+        if num_ids != cdiv(self.num_tokens, self.content_block_size):
+            raise InvalidArgumentError(
+                f"{self.num_tokens} tokens in blocks of {self.content_block_size} need "
+                f"{cdiv(self.num_tokens, self.content_block_size)} content ids, found {num_ids}"
+            )
+        ids = np.asarray(self.content_ids)
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= MAX_CONTENT_ID:
+            raise InvalidArgumentError(f"content ids must be whole numbers in 0..2^62-1, found {ids.dtype}")
+
+    def block_keys(self, block_size: int) -> list[int]:
+        """Names of the prompt's full blocks of `block_size` tokens, which must divide the ids' size or be divided by it."""
+        num_full = self.num_tokens // block_size
+        if len(self.content_ids) == 0 or num_full == 0:
+            return []
+        ids = np.asarray(self.content_ids, np.int64)
+        if self.content_block_size % block_size == 0:
+            parts = self.content_block_size // block_size
+            block_idx = np.arange(num_full)
+            keys = ids[block_idx // parts] * parts + block_idx % parts
+        elif block_size % self.content_block_size == 0:
+            # An id names its whole prefix, so the last id inside a larger block names that block.
+            step = block_size // self.content_block_size
+            keys = ids[step - 1 : num_full * step : step]
+        else:
+            raise InvalidArgumentError(
+                f"block_size {block_size} must divide, or be a multiple of, the content ids' {self.content_block_size}"
+            )
+        return keys.tolist()
+
+
+class TokenContent:
+    """Real tokens. Keys are hashed on demand, each once, and kept for the next lookup of the same sequence."""
+
+    __slots__ = ("_block_bytes", "_data", "_extras", "_keys", "_root")
+
+    def __init__(self, token_ids: Int32s, block_size: int, root: bytes, extras: tuple[ExtraKey, ...] = ()) -> None:
+        self._data = bytearray(np.ascontiguousarray(token_ids, "<i4").tobytes())
+        self._block_bytes = block_size * TOKEN_BYTES
+        self._root = root
+        self._extras = extras
+        self._keys: list[bytes] = []
+
+    def keys(self, num_blocks: int) -> Sequence[Key]:
+        """Names of the first `num_blocks` blocks at least; there must be that many full ones. Hashes only new ones."""
+        keys = self._keys
+        if len(keys) < num_blocks:
+            start, stop = len(keys) * self._block_bytes, num_blocks * self._block_bytes
+            parent = keys[-1] if keys else self._root
+            if self._extras:
+                self._chain_with_extras(parent, num_blocks)
+            else:
+                keys += chain_keys(parent, self._data[start:stop], self._block_bytes)
+        return keys
+
+    def key(self, block_idx: int) -> Key:
+        """Name of one full block; O(1) once those before it are hashed."""
+        return self.keys(block_idx + 1)[block_idx]
+
+    def _chain_with_extras(self, key: bytes, num_blocks: int) -> None:
+        size = self._block_bytes // TOKEN_BYTES
+        for block_idx in range(len(self._keys), num_blocks):
+            tokens = self._data[block_idx * self._block_bytes : (block_idx + 1) * self._block_bytes]
+            extras = encode_extras(self._extras, block_idx * size, (block_idx + 1) * size)
+            key = sha256(key + tokens + extras).digest()
+            self._keys.append(key)
+
+    def token_ids(self, start: int, stop: int) -> Int32s:
+        """Tokens `start` to `stop - 1`, (stop - start,) int32, a copy."""
+        return np.frombuffer(bytes(self._data[start * TOKEN_BYTES : stop * TOKEN_BYTES]), "<i4")
+
+    def write(self, start: int, token_ids: Int32s) -> None:
+        """Replace everything from token `start` on; names of blocks that are no longer full and equal are dropped."""
+        del self._data[start * TOKEN_BYTES :]
+        self._data += token_ids.tobytes()
+        del self._keys[start * TOKEN_BYTES // self._block_bytes :]
+
+    def fork(self, num_tokens: int) -> TokenContent:
+        """A copy of the first `num_tokens` tokens that continues on its own."""
+        child = TokenContent.__new__(TokenContent)
+        child._data = self._data[: num_tokens * TOKEN_BYTES]
+        child._block_bytes = self._block_bytes
+        child._root = self._root
+        child._extras = self._extras
+        child._keys = self._keys[: num_tokens * TOKEN_BYTES // self._block_bytes]
+        return child
+
+
+class SimulatedContent:
+    """Content by name only: the prompt's ids, then names that no other sequence has.
+
+    Names beyond the prompt's are negative, `-(serial * 2^26 + block index) - 1`, so that a preempted sequence finds its
+    own blocks again and never another's.
+    """
+
+    __slots__ = ("_base", "_prompt_keys")
+
+    def __init__(self, prompt_keys: list[int], serial: int) -> None:
+        self._prompt_keys = prompt_keys
+        self._base = -(serial * MAX_TOKENS) - 1
+
+    def keys(self, num_blocks: int) -> Sequence[Key]:
+        """Names of the first `num_blocks` blocks at least."""
+        num_named = len(self._prompt_keys)
+        if num_named == 0:
+            return range(self._base, self._base - num_blocks, -1)
+        if num_blocks <= num_named:
+            return self._prompt_keys
+        return [*self._prompt_keys, *range(self._base - num_named, self._base - num_blocks, -1)]
+
+    def key(self, block_idx: int) -> Key:
+        """Name of one block. O(1)."""
+        keys = self._prompt_keys
+        return keys[block_idx] if block_idx < len(keys) else self._base - block_idx
+
+    def truncate(self, num_blocks: int, serial: int) -> None:
+        """Give what follows the first `num_blocks` blocks new names: it will be other content."""
+        self._prompt_keys = list(self.keys(num_blocks))[:num_blocks]
+        self._base = -(serial * MAX_TOKENS) - 1
+
+    def fork(self, num_blocks: int, serial: int) -> SimulatedContent:
+        """A copy that shares the first `num_blocks` names and has its own from there."""
+        return SimulatedContent(list(self.keys(num_blocks))[:num_blocks], serial)
+
+
+Content = TokenContent | SimulatedContent

@@ -1,0 +1,124 @@
+"""Which full block has which name: the map from block keys to blocks, and the longest resident prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.arrays import BlockIds
+from pagedkv.block_keys import Key
+from pagedkv.block_pool import BlockPool
+from pagedkv.errors import InvariantViolation
+
+__all__ = ["PrefixCache"]
+
+
+class PrefixCache:
+    """Names full blocks of a pool. A key stands for a whole prefix, so it names one block, and a block has one key.
+
+    *Ancestors outlive descendants.* A block is named only by a sequence whose own blocks before it are the named ones,
+    so whoever holds a named block holds all of its ancestors, and policies evict tails before heads. The resident keys
+    of a chain are therefore always a prefix of it, and the longest hit is found by binary search.
+
+    *Duplicates.* Two sequences that computed the same block independently keep their own; the map names the first.
+    The other sequence names nothing further: its blocks would hang from a head that it does not hold.
+    """
+
+    __slots__ = ("_block_of", "_key_of", "_pool")
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._block_of: dict[Key, int] = {}
+        # The key of a block that has lost its name stays until another overwrites it: the pool knows who is named.
+        self._key_of = np.empty(pool.num_blocks, object)
+        pool.on_evict = self._forget
+
+    def __len__(self) -> int:
+        """Number of named blocks. O(1)."""
+        return len(self._block_of)
+
+    def num_resident(self, keys: Sequence[Key], num_keys: int) -> int:
+        """Length of the longest resident prefix of `keys[:num_keys]`, in blocks. O(log num_keys), pins nothing."""
+        block_of = self._block_of
+        if num_keys == 0 or keys[0] not in block_of:
+            return 0
+        if keys[num_keys - 1] in block_of:
+            return num_keys
+        low, high = 1, num_keys - 1  # keys[low - 1] is resident, keys[high] is not.
+        while low < high:
+            middle = (low + high + 1) // 2
+            if keys[middle - 1] in block_of:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def blocks(self, keys: Sequence[Key], num_keys: int) -> BlockIds:
+        """Blocks of the first `num_keys` keys, all of which are resident, (num_keys,) int32. O(num_keys)."""
+        first = keys if len(keys) == num_keys else keys[:num_keys]
+        return np.array(list(map(self._block_of.__getitem__, first)), np.int32)
+
+    def name_chain(self, keys: Sequence[Key], block_ids: BlockIds, parent_id: int) -> bool:
+        """Name a run of held blocks, the first continuing `parent_id` (-1: none).
+
+        Returns False, naming none, if the first key already names another block: then the run is a duplicate.
+        (If it does not, no later key can be resident either.) O(n).
+        """
+        if keys[0] in self._block_of:
+            return False
+        self._block_of.update(zip(keys, block_ids.tolist(), strict=True))
+        self._key_of[block_ids] = keys
+        self._pool.name(block_ids)
+        policy = self._pool.policy
+        if policy.tracks_names:
+            parent_ids = np.concatenate((np.array([parent_id], np.int32), block_ids[:-1]))
+            policy.on_name(block_ids, keys, parent_ids)
+        return True
+
+    def name_each(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> NDArray[np.bool_]:
+        """Name held blocks of different sequences, one each; a key that names another block already stays with that.
+
+        Returns which were named, (n,) bool. O(n).
+        """
+        owners = np.array(list(map(self._block_of.setdefault, keys, block_ids.tolist())), np.int32)
+        is_new: NDArray[np.bool_] = owners == block_ids
+        if not is_new.all():
+            keys = [key for key, new in zip(keys, is_new.tolist(), strict=True) if new]
+            block_ids, parent_ids = block_ids[is_new], parent_ids[is_new]
+        self._key_of[block_ids] = keys
+        self._pool.name(block_ids)
+        if self._pool.policy.tracks_names:
+            self._pool.policy.on_name(block_ids, keys, parent_ids)
+        return is_new
+
+    def key_of(self, block_id: int) -> Key | None:
+        """The name of a block, or None. O(1)."""
+        key: Key | None = self._key_of[block_id] if self._pool.is_named(np.array([block_id]))[0] else None
+        return key
+
+    def unname(self, block_ids: BlockIds) -> None:
+        """Forget the names of these named blocks; the caller makes sure that nothing named continues them. O(n)."""
+        self._forget(block_ids)
+        self._pool.unname(block_ids)
+
+    def clear(self) -> None:
+        """Forget every name. O(named blocks)."""
+        if self._block_of:
+            self.unname(np.fromiter(self._block_of.values(), np.int32, len(self._block_of)))
+
+    def check_invariants(self) -> None:
+        """Compare map and blocks in both directions (I3). O(num_blocks)."""
+        all_ids = np.arange(self._pool.num_blocks, dtype=np.int32)
+        named = np.flatnonzero(self._pool.is_named(all_ids)).tolist()
+        if len(named) != len(self._block_of):
+            raise InvariantViolation("I3", f"{len(self._block_of)} keys for {len(named)} named blocks")
+        for block_id in named:
+            if self._block_of.get(self._key_of[block_id]) != block_id:
+                raise InvariantViolation("I3", f"block {block_id} has a key that names another block")
+
+    def _forget(self, block_ids: BlockIds) -> None:
+        forget = self._block_of.__delitem__
+        for key in self._key_of[block_ids].tolist():
+            forget(key)

@@ -1,0 +1,53 @@
+"""Counted twice: the memory recounted from its tables, never from its own counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pagedkv.arrays import BlockIds, cdiv
+from pagedkv.errors import InvariantViolation
+from pagedkv.row_memory import RowMemory
+
+__all__ = ["check_memory"]
+
+
+def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
+    """Recount holders, tables, names and pools; `pins` are blocks held outside of the tables."""
+    memory.pool.check_invariants()
+    memory.host_pool.check_invariants()
+    memory.cache.check_invariants()
+    table = memory.sequences
+    rows = np.flatnonzero(table.is_live)
+    held = [table.blocks(row) for row in rows.tolist()]
+    all_ids = np.arange(memory.pool.num_blocks, dtype=np.int32)
+    recount = np.bincount(np.concatenate([all_ids[:0], *held, *pins]), minlength=memory.pool.num_blocks)
+    counts = memory.pool.counts(all_ids)
+    if not np.array_equal(recount, counts):
+        wrong = np.flatnonzero(recount != counts)[:20].tolist()
+        raise InvariantViolation(
+            "I1", f"blocks {wrong} have {counts[wrong].tolist()} holders, tables and pins {recount[wrong].tolist()}"
+        )
+    host_held = [memory.host_blocks[row] for row in sorted(memory.host_blocks)]
+    host_ids = np.arange(memory.host_pool.num_blocks, dtype=np.int32)
+    host_recount = np.bincount(np.concatenate([host_ids[:0], *host_held]), minlength=memory.host_pool.num_blocks)
+    if not np.array_equal(host_recount, memory.host_pool.counts(host_ids)):
+        raise InvariantViolation("I1", "host blocks are not held by exactly the sequences that are swapped out")
+    for row, blocks in zip(rows.tolist(), held, strict=True):
+        num_computed, num_named = int(table.num_computed[row]), int(table.num_named[row])
+        if row in memory.host_blocks:
+            if len(blocks) or len(memory.host_blocks[row]) != cdiv(num_computed, memory.block_size):
+                raise InvariantViolation("I6", f"row {row} is swapped out with {len(blocks)} device blocks")
+        elif len(blocks) != cdiv(num_computed, memory.block_size):
+            raise InvariantViolation("I1", f"row {row} holds {len(blocks)} blocks for {num_computed} tokens")
+        if num_computed > table.num_known[row]:
+            raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {table.num_known[row]} tokens")
+        if num_named > num_computed // memory.block_size:
+            raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks in {num_computed} tokens")
+        if num_named:
+            content = table.contents[row]
+            if content is None or memory.cache.num_resident(content.keys(num_named), num_named) != num_named:
+                raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks, its keys name fewer")
+            if not np.array_equal(memory.cache.blocks(content.keys(num_named), num_named), blocks[:num_named]):
+                raise InvariantViolation("I3", f"row {row} has a key that names another sequence's block")

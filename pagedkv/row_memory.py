@@ -1,0 +1,445 @@
+"""The memory's verbs on rows: what a scheduler calls in every step, for many sequences at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv
+from pagedkv.block_pool import BlockPool
+from pagedkv.config import CacheConfig
+from pagedkv.content import Content, SimulatedContent, TokenContent
+from pagedkv.errors import InvalidArgumentError
+from pagedkv.eviction import EvictionPolicy
+from pagedkv.plans import NO_COPIES, BlockCopies
+from pagedkv.prefix_cache import PrefixCache
+from pagedkv.sequences import SequenceTable
+from pagedkv.statistics import PrefixCounters
+
+__all__ = ["RowMemory"]
+
+
+class RowMemory:
+    """Two pools, a prefix cache and the table of live sequences, kept consistent by these verbs.
+
+    Rows that are passed in must be live; nothing is validated here, so that a step costs a fixed number of array
+    operations. KVCacheManager is the same memory with ids, validation and single sequences.
+
+    Every live row holds exactly `cdiv(num_computed, block_size)` device blocks, or none while it is swapped out.
+    Plans must be carried out in this order: swaps out, copies, swaps in, then the step's own writes.
+    """
+
+    __slots__ = (
+        "_named_in_step",
+        "_num_shared_tails",
+        "_serial",
+        "block_size",
+        "cache",
+        "caches_prefixes",
+        "counters",
+        "host_blocks",
+        "host_pool",
+        "pool",
+        "sequences",
+    )
+
+    def __init__(self, config: CacheConfig, eviction: EvictionPolicy | None = None) -> None:
+        self.block_size = config.block_size
+        self.caches_prefixes = config.prefix_caching
+        self.pool = BlockPool(config.num_blocks, eviction)
+        self.host_pool = BlockPool(config.num_host_blocks)
+        self.cache = PrefixCache(self.pool)
+        self.sequences = SequenceTable(config.block_size)
+        self.counters = PrefixCounters()
+        self.host_blocks: dict[int, BlockIds] = {}
+        self._named_in_step: list[BlockIds] = []
+        self._num_shared_tails = 0
+        self._serial = 0
+
+    def next_serial(self) -> int:
+        """A number that no simulated content has yet."""
+        self._serial += 1
+        return self._serial
+
+    # Opening and closing
+
+    def num_hit_blocks(self, content: Content, num_known: int) -> int:
+        """Blocks of the longest resident prefix, leaving at least one token to compute. Pins nothing. O(log n)."""
+        num_keys = (num_known - 1) // self.block_size
+        if not self.caches_prefixes or num_keys <= 0:
+            return 0
+        return self.cache.num_resident(content.keys(num_keys), num_keys)
+
+    def hit_blocks(self, content: Content, num_hit: int) -> BlockIds:
+        """The first `num_hit` blocks of the content, all resident. O(num_hit)."""
+        return self.cache.blocks(content.keys(num_hit), num_hit) if num_hit else NO_COPIES.sources
+
+    def open(self, content: Content, num_known: int, hit_blocks: BlockIds) -> int:
+        """Make a row that holds the hit blocks, and return it. O(len(hit_blocks))."""
+        if len(hit_blocks):
+            self.pool.acquire(hit_blocks)
+        return self.adopt(content, num_known, hit_blocks)
+
+    def adopt(self, content: Content, num_known: int, hit_blocks: BlockIds) -> int:
+        """Make a row that takes over the caller's hold on the hit blocks."""
+        table = self.sequences
+        num_hit = len(hit_blocks)
+        row = table.add(content, num_known, hit_blocks, num_hit * self.block_size)
+        table.num_named[row] = num_hit
+        if isinstance(content, TokenContent):
+            start = num_known - num_known % self.block_size
+            table.tails[row, : num_known - start] = content.token_ids(start, num_known)
+        return row
+
+    def token_ids(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> Int32s:
+        """Known tokens `starts[i]` to `starts[i] + num_tokens[i] - 1` of each row, packed. O(tokens)."""
+        table = self.sequences
+        packed = np.empty(int(num_tokens.sum()), np.int32)
+        stops = np.cumsum(num_tokens)
+        is_tail = starts + num_tokens == table.num_known[rows]
+        single = (num_tokens == 1) & is_tail
+        packed[stops[single] - 1] = table.tails[rows[single], starts[single] % self.block_size]
+        for i in np.flatnonzero(~single).tolist():
+            row, start, stop = int(rows[i]), int(starts[i]), int(starts[i] + num_tokens[i])
+            self.sync_content(row)
+            content = table.contents[row]
+            if not isinstance(content, TokenContent):
+                raise InvalidArgumentError(f"row {row} has a simulated prompt: there are no token ids")
+            packed[stops[i] - num_tokens[i] : stops[i]] = content.token_ids(start, stop)
+        return packed
+
+    def close(self, row: int) -> None:
+        """Let go of everything that the row holds, deepest block first; its content stays with the caller. O(blocks)."""
+        table = self.sequences
+        self.sync_content(row)
+        host_blocks = self.host_blocks.pop(row, None)
+        if host_blocks is not None:
+            self.host_pool.release(host_blocks)
+        else:
+            self.pool.release(table.blocks(row)[::-1])
+        self._share_tail(row, shared=False)
+        table.remove(row)
+
+    def sync_content(self, row: int) -> None:
+        """Write the tokens of the last, partly filled block into the row's content. O(block_size)."""
+        table = self.sequences
+        content = table.contents[row]
+        if isinstance(content, TokenContent):
+            num_known = int(table.num_known[row])
+            offset = num_known % self.block_size
+            if offset:
+                content.write(num_known - offset, table.tails[row, :offset])
+
+    # Growing
+
+    def extend(self, rows: Rows, token_ids: Int32s | None) -> None:
+        """Append one known token to each row; None where only names are simulated. O(n), plus hashing nothing yet."""
+        table = self.sequences
+        known = table.num_known[rows]
+        if token_ids is not None:
+            offsets = known % self.block_size
+            table.tails[rows, offsets] = token_ids
+            for row in rows[offsets == self.block_size - 1].tolist():
+                content = table.contents[row]
+                if isinstance(content, TokenContent):
+                    content.write(int(table.num_known[row]) + 1 - self.block_size, table.tails[row])
+        table.num_known[rows] = known + 1
+
+    def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s) -> Int64s:
+        """Blocks that `try_append` would take for each row, copies on write not counted, (n,) int64."""
+        table = self.sequences
+        stops = table.num_computed[rows] + num_tokens
+        return -(-stops // self.block_size) - table.num_blocks[rows]
+
+    def try_append(self, rows: Rows, num_tokens: Int64s) -> BlockCopies | None:
+        """Give the next `num_tokens[i]` known tokens of each row their slots, and name the blocks that they fill.
+
+        Returns the copies on write to carry out first, or None, with nothing changed, if the blocks cannot be had.
+        Blocks are handed out in the order of `rows`. O(rows + blocks), a fixed number of array operations; Python-level
+        work only for rows that fill a block.
+        """
+        table = self.sequences
+        starts = table.num_computed[rows]
+        stops = starts + num_tokens
+        num_new = -(-stops // self.block_size) - table.num_blocks[rows]
+        total = int(num_new.sum())
+        copied = self._rows_to_copy(rows, starts) if self._num_shared_tails else []
+        block_ids: BlockIds | None = NO_COPIES.sources
+        if total or copied:
+            block_ids = self.pool.try_allocate(total + len(copied))
+            if block_ids is None:
+                return None
+        copies = self._copy_tails(rows, copied, block_ids[: len(copied)]) if self._num_shared_tails else NO_COPIES
+        if total:
+            growing = np.flatnonzero(num_new)
+            table.append_blocks(rows[growing], num_new[growing], block_ids[len(copied) :])
+        table.num_computed[rows] = stops
+        if self.caches_prefixes:
+            self._name_filled(rows, starts, stops)
+        return copies
+
+    # Many steps at once
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether appending to rows needs no copies on write. O(1)."""
+        return self._num_shared_tails == 0
+
+    def num_affordable_steps(self, rows: Rows, num_steps: int) -> int:
+        """How often, at most `num_steps`, each row can take one more token before blocks run short. O(rows log steps)."""
+        num_available = self.pool.num_available
+
+        def needed(num: int) -> int:
+            return int(self.num_blocks_to_append(rows, np.full(len(rows), num)).sum())
+
+        if needed(num_steps) <= num_available:
+            return num_steps
+        low, high = 0, num_steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if needed(middle) <= num_available else (low, middle)
+        return low
+
+    def append_steps(self, rows: Rows, num_steps: int) -> Int64s:
+        """Update one step of `rows` and append `num_steps` more of one token each, then update those.
+
+        Blocks are taken and named in the order in which single steps would have done it: by step, then by row. The
+        caller has made sure that they suffice. Returns (num_steps,) int64: blocks taken in each. O(rows + blocks).
+        """
+        table, block_size = self.sequences, self.block_size
+        num_taken = np.zeros(num_steps, np.int64)
+        table.num_known[rows] += num_steps + 1
+        if num_steps == 0:
+            return num_taken
+        starts = table.num_computed[rows]
+        num_new = self.num_blocks_to_append(rows, np.full(len(rows), num_steps))
+        total = int(num_new.sum())
+        if total:
+            # Row i takes its blocks in the steps in which it writes the first slot of a block.
+            owners = np.repeat(np.arange(len(rows)), num_new)
+            nth = np.arange(total) - np.repeat(np.cumsum(num_new) - num_new, num_new)
+            steps = (-starts % block_size)[owners] + nth * block_size
+            order = np.argsort(steps, kind="stable")
+            block_ids = np.empty(total, np.int32)
+            block_ids[order] = self.pool.allocate(total)
+            growing = np.flatnonzero(num_new)
+            table.append_blocks(rows[growing], num_new[growing], block_ids)
+            num_taken = np.bincount(steps, minlength=num_steps)
+        table.num_computed[rows] = starts + num_steps
+        if self.caches_prefixes:
+            self._name_steps(rows, starts, num_steps)
+        return num_taken
+
+    def _name_steps(self, rows: Rows, starts: Int64s, num_steps: int) -> None:
+        """Name the blocks that `num_steps` single-token steps fill, by step, then by row."""
+        table, block_size = self.sequences, self.block_size
+        first = starts // block_size
+        num_filled = (starts + num_steps) // block_size - first
+        num_filled[table.num_named[rows] != first] = 0
+        total = int(num_filled.sum())
+        if not total:
+            return
+        owners = np.repeat(np.arange(len(rows)), num_filled)
+        nth = np.arange(total) - np.repeat(np.cumsum(num_filled) - num_filled, num_filled)
+        steps = (-(starts + 1) % block_size)[owners] + nth * block_size
+        order = np.argsort(steps, kind="stable")
+        owners, nth = owners[order], nth[order]
+        # A duplicate ends the naming of its row, so a row's next block may only be named after the one before.
+        for depth in range(int(num_filled.max())):
+            now = owners[nth == depth]
+            still = now[table.num_named[rows[now]] == first[now] + depth]
+            if len(still):
+                self._name_single(rows[still], first[still] + depth)
+
+    # Sharing
+
+    def fork(self, row: int) -> int:
+        """Make a row that shares every block of `row`; the first of them to write into a shared tail copies it. O(blocks)."""
+        table = self.sequences
+        self.sync_content(row)
+        content = table.contents[row]
+        num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
+        block_ids = table.blocks(row).copy()
+        self.pool.acquire(block_ids)
+        if isinstance(content, SimulatedContent):
+            child_content: Content = content.fork(num_known // self.block_size, self.next_serial())
+        else:
+            assert content is not None  # noqa: S101 - narrows the type; live rows have a content
+            child_content = content.fork(num_known)
+        child = table.add(child_content, num_known, block_ids, num_computed)
+        table.num_named[child] = table.num_named[row]
+        table.tails[child] = table.tails[row]
+        if num_computed % self.block_size:
+            self._share_tail(row, shared=True)
+            self._share_tail(child, shared=True)
+        return child
+
+    # Shrinking
+
+    def truncate(self, row: int, num_tokens: int) -> None:
+        """Drop every token from `num_tokens` on, computed or not, and the blocks that only they need. O(blocks dropped)."""
+        table = self.sequences
+        if num_tokens < table.num_known[row]:
+            self.sync_content(row)
+            content = table.contents[row]
+            offset = num_tokens % self.block_size
+            if isinstance(content, TokenContent):
+                tail = content.token_ids(num_tokens - offset, num_tokens)
+                content.write(num_tokens - offset, tail)
+                table.tails[row, :offset] = tail
+            elif isinstance(content, SimulatedContent):
+                content.truncate(num_tokens // self.block_size, self.next_serial())
+            table.num_known[row] = num_tokens
+        if num_tokens < table.num_computed[row]:
+            self.retract(row, num_tokens)
+
+    def retract(self, row: int, num_computed: int) -> None:
+        """Take the slots of the tokens from `num_computed` on away again; the tokens stay known. O(blocks dropped)."""
+        table = self.sequences
+        num_kept = cdiv(num_computed, self.block_size)
+        self.pool.release(table.blocks(row)[num_kept:][::-1])
+        table.num_blocks[row] = num_kept
+        table.num_computed[row] = num_computed
+        table.num_named[row] = min(int(table.num_named[row]), num_computed // self.block_size)
+        self._share_tail(row, shared=num_computed % self.block_size > 0)
+
+    # Swapping
+
+    def try_swap_out(self, row: int) -> BlockCopies | None:
+        """Move the row's blocks to the host pool. None, with nothing changed, if that has too few. O(blocks)."""
+        table = self.sequences
+        host_blocks = self.host_pool.try_allocate(int(table.num_blocks[row]))
+        if host_blocks is None:
+            return None
+        device_blocks = table.blocks(row).copy()
+        self.pool.release(device_blocks[::-1])
+        self.host_blocks[row] = host_blocks
+        table.num_blocks[row] = 0
+        table.num_named[row] = 0
+        self._share_tail(row, shared=False)
+        return BlockCopies(device_blocks, host_blocks)
+
+    def num_blocks_to_swap_in(self, row: int) -> int:
+        """Blocks that must be available for `try_swap_in` to succeed: new ones, and hits that nobody holds. O(blocks)."""
+        num_blocks = len(self.host_blocks[row])
+        hits = self._resident_blocks(row)
+        return num_blocks - len(hits) + self.pool.num_evictable_among(hits)
+
+    def try_swap_in(self, row: int) -> BlockCopies | None:
+        """Bring the row's blocks back, taking those that the prefix cache still has instead of copying them.
+
+        None, with nothing changed, if the blocks cannot be had. O(blocks).
+        """
+        table = self.sequences
+        host_blocks = self.host_blocks[row]
+        hits = self._resident_blocks(row)
+        num_hits = len(hits)
+        if len(host_blocks) - num_hits + self.pool.num_evictable_among(hits) > self.pool.num_available:
+            return None
+        if num_hits:
+            self.pool.acquire(hits)
+        new_blocks = self.pool.allocate(len(host_blocks) - num_hits)
+        self.host_pool.release(self.host_blocks.pop(row))
+        one_row = np.array([row])
+        table.append_blocks(one_row, np.array([len(host_blocks)]), np.concatenate((hits, new_blocks)))
+        table.num_named[row] = num_hits
+        if self.caches_prefixes:
+            self._name_filled(one_row, np.array([num_hits * self.block_size]), table.num_computed[one_row])
+        return BlockCopies(host_blocks[num_hits:], new_blocks)
+
+    # Steps
+
+    def begin_step(self) -> None:
+        """The next step is being planned: from here on, remember what it names."""
+        self._named_in_step.clear()
+
+    def unname_step(self) -> BlockIds:
+        """The step failed: forget the names that it gave, since the blocks were never filled, and return the blocks."""
+        named = np.concatenate([NO_COPIES.sources, *self._named_in_step])
+        self._named_in_step.clear()
+        named = named[self.pool.is_named(named)]
+        self.cache.unname(named)
+        return named
+
+    # Naming, and sharing tails
+
+    def _name_filled(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
+        """Name the blocks that the tokens `starts` to `stops - 1` of each row fill."""
+        table = self.sequences
+        first, last = starts // self.block_size, stops // self.block_size
+        filling = np.flatnonzero((last > first) & (table.num_named[rows] == first))
+        if not len(filling):
+            return
+        if len(filling) > 1:
+            single = (last - first)[filling] == 1
+            if single.any():
+                self._name_single(rows[filling[single]], first[filling[single]])
+                filling = filling[~single]
+        for i in filling.tolist():
+            self._name_run(int(rows[i]), int(first[i]), int(last[i]))
+
+    def _name_run(self, row: int, first: int, last: int) -> None:
+        table = self.sequences
+        content = table.contents[row]
+        block_ids = table.block_tables[row, first:last].copy()
+        keys = content.keys(last)[first:last]  # type: ignore[union-attr]
+        parent_id = int(table.block_tables[row, first - 1]) if first else -1
+        if self.cache.name_chain(keys, block_ids, parent_id):
+            table.num_named[row] = last
+            self._named_in_step.append(block_ids)
+
+    def _name_single(self, rows: Rows, block_idx: Int64s) -> None:
+        """Name block `block_idx[i]` of each row: the common case of decoding, in bulk."""
+        table = self.sequences
+        contents = table.contents
+        keys = [contents[row].key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]  # type: ignore[union-attr]
+        block_ids = table.block_tables[rows, block_idx]
+        parent_ids = np.where(block_idx > 0, table.block_tables[rows, block_idx - 1], np.int32(-1))
+        is_new = self.cache.name_each(keys, block_ids, parent_ids)
+        table.num_named[rows] += is_new
+        self._named_in_step.append(block_ids[is_new])
+
+    def _resident_blocks(self, row: int) -> BlockIds:
+        """Resident blocks among the full ones that a swapped row had on the device."""
+        content = self.sequences.contents[row]
+        num_full = int(self.sequences.num_computed[row]) // self.block_size
+        if not self.caches_prefixes or num_full == 0 or content is None:
+            return NO_COPIES.sources
+        num_hits = self.cache.num_resident(content.keys(num_full), num_full)
+        return self.hit_blocks(content, num_hits)
+
+    def _share_tail(self, row: int, *, shared: bool) -> None:
+        table = self.sequences
+        if bool(table.has_shared_tail[row]) != shared:
+            table.has_shared_tail[row] = shared
+            self._num_shared_tails += 1 if shared else -1
+
+    def _rows_to_copy(self, rows: Rows, starts: Int64s) -> list[int]:
+        """Indices into `rows` of those that must copy their tail before writing: another holds it, or it has a name."""
+        table = self.sequences
+        holders: dict[int, int] = {}
+        copied = []
+        for i in np.flatnonzero(table.has_shared_tail[rows]).tolist():
+            block_idx, offset = divmod(int(starts[i]), self.block_size)
+            if offset == 0:
+                continue
+            block_id = int(table.block_tables[rows[i], block_idx])
+            one = np.array([block_id])
+            num_holders = holders.get(block_id, int(self.pool.counts(one)[0]))
+            if num_holders > 1 or bool(self.pool.is_named(one)[0]):
+                copied.append(i)
+                holders[block_id] = num_holders - 1
+        return copied
+
+    def _copy_tails(self, rows: Rows, copied: list[int], targets: BlockIds) -> BlockCopies:
+        """Put a fresh block in the place of the tail of each copied row. All rows may write into their tails then."""
+        table = self.sequences
+        sources = np.empty(len(copied), np.int32)
+        for i, target in enumerate(targets.tolist()):
+            row = int(rows[copied[i]])
+            block_idx = int(table.num_computed[row]) // self.block_size
+            sources[i] = table.block_tables[row, block_idx]
+            table.block_tables[row, block_idx] = target
+            self.pool.release(sources[i : i + 1])
+        for row in rows[table.has_shared_tail[rows]].tolist():
+            self._share_tail(row, shared=False)
+        return BlockCopies(sources, targets) if copied else NO_COPIES

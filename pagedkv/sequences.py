@@ -1,0 +1,127 @@
+"""Columns of the live sequences: one row each, in flat arrays, with the block tables as one 2-D array."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows
+from pagedkv.content import Content
+
+__all__ = ["SequenceTable"]
+
+
+class SequenceTable:
+    """A struct of arrays over rows. Rows are dense: one that was given back is used again before the table grows.
+
+    num_known:    (rows,) int64, tokens that the sequence consists of
+    num_computed: (rows,) int64, tokens that have a slot: their K/V is computed, or planned in the step in flight
+    num_blocks:   (rows,) int64, blocks held on the device
+    num_named:    (rows,) int64, leading blocks that are the ones that the prefix cache names
+    has_shared_tail: (rows,) bool, the last, partly filled block may have another holder or a name
+    block_tables: (rows, width) int32; entries beyond `num_blocks` are never read
+    tails:        (rows, block_size) int32, the tokens of the block that `num_known` reaches into
+    contents:     per row, what the sequence contains
+
+    Both dimensions double when they are exceeded; references to the arrays go stale then, so ask for them anew.
+    """
+
+    __slots__ = (
+        "_free_rows",
+        "block_size",
+        "block_tables",
+        "contents",
+        "has_shared_tail",
+        "is_live",
+        "num_blocks",
+        "num_computed",
+        "num_known",
+        "num_live",
+        "num_named",
+        "tails",
+    )
+
+    def __init__(self, block_size: int, num_rows: int = 64, width: int = 64) -> None:
+        self.block_size = block_size
+        self.num_live = 0
+        self.num_known: Int64s = np.zeros(num_rows, np.int64)
+        self.num_computed: Int64s = np.zeros(num_rows, np.int64)
+        self.num_blocks: Int64s = np.zeros(num_rows, np.int64)
+        self.num_named: Int64s = np.zeros(num_rows, np.int64)
+        self.has_shared_tail: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
+        self.is_live: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
+        self.block_tables: Int32s = np.zeros((num_rows, width), np.int32)
+        self.tails: Int32s = np.zeros((num_rows, block_size), np.int32)
+        self.contents: list[Content | None] = [None] * num_rows
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+
+    def add(self, content: Content, num_known: int, block_ids: BlockIds, num_computed: int) -> int:
+        """Make a row for a new sequence and return it. O(len(block_ids)) amortised."""
+        if not self._free_rows:
+            self._grow_rows()
+        num_blocks = len(block_ids)
+        if num_blocks > self.block_tables.shape[1]:
+            self._grow_width(num_blocks)
+        row = self._free_rows.pop()
+        self.num_live += 1
+        self.is_live[row] = True
+        self.contents[row] = content
+        self.num_known[row] = num_known
+        self.num_computed[row] = num_computed
+        self.num_blocks[row] = num_blocks
+        self.num_named[row] = 0
+        self.has_shared_tail[row] = False
+        self.block_tables[row, :num_blocks] = block_ids
+        return row
+
+    def remove(self, row: int) -> None:
+        """Give the row back. O(1)."""
+        self.is_live[row] = False
+        self.contents[row] = None
+        self.num_blocks[row] = 0
+        self._free_rows.append(row)
+        self.num_live -= 1
+
+    def blocks(self, row: int) -> BlockIds:
+        """The row's block table, (num_blocks,) int32, a view."""
+        return self.block_tables[row, : self.num_blocks[row]]
+
+    def append_blocks(self, rows: Rows, num_new: Int64s, block_ids: BlockIds) -> None:
+        """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
+        held = self.num_blocks[rows]
+        total = held + num_new
+        width = int(total.max())
+        if width > self.block_tables.shape[1]:
+            self._grow_width(width)
+        if len(rows) == 1:
+            self.block_tables[rows[0], held[0] : total[0]] = block_ids
+        else:
+            offsets = np.cumsum(num_new) - num_new
+            columns = np.repeat(held - offsets, num_new) + np.arange(len(block_ids))
+            self.block_tables[np.repeat(rows, num_new), columns] = block_ids
+        self.num_blocks[rows] = total
+
+    def slots(self, rows: Rows, positions: Int64s) -> Int64s:
+        """Slot of token `positions[i]` of row `rows[i]`: block_id * block_size + offset, (n,) int64. O(n)."""
+        block_size = self.block_size
+        block_idx = positions // block_size
+        blocks = self.block_tables[rows, block_idx].astype(np.int64)
+        slots: Int64s = blocks * block_size + (positions - block_idx * block_size)
+        return slots
+
+    def _grow_rows(self) -> None:
+        old, new = len(self.contents), 2 * len(self.contents)
+        for name in ("num_known", "num_computed", "num_blocks", "num_named", "has_shared_tail", "is_live"):
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate((column, np.zeros(new - old, column.dtype))))
+        for name in ("block_tables", "tails"):
+            table = getattr(self, name)
+            setattr(self, name, np.concatenate((table, np.zeros((new - old, table.shape[1]), table.dtype))))
+        self.contents.extend([None] * (new - old))
+        self._free_rows = list(range(new - 1, old - 1, -1))
+
+    def _grow_width(self, width: int) -> None:
+        old = self.block_tables
+        new_width = max(width, 2 * old.shape[1])
+        self.block_tables = np.zeros((old.shape[0], new_width), np.int32)
+        self.block_tables[:, : old.shape[1]] = old

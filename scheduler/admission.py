@@ -1,0 +1,193 @@
+"""Admission: which waiting samples get a seat in this step, and why the others do not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.arrays import cdiv
+from pagedkv.errors import InvariantViolation
+from pagedkv.plans import NO_COPIES, BlockCopies
+from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler.config import SchedulerConfig
+from pagedkv.scheduler.events import Admitted, Deferred, EventSink
+from pagedkv.scheduler.running import RunningRows
+from pagedkv.scheduler.sample import Sample, SampleState
+from pagedkv.scheduler.waiting_queue import WaitingQueue
+
+__all__ = ["Admission", "Grants"]
+
+
+class Grants:
+    """What admission added to the step."""
+
+    __slots__ = ("copies", "num_tokens", "rows", "starts", "swapped_in", "swaps_in")
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.num_tokens: list[int] = []
+        self.starts: list[int] = []
+        self.copies = NO_COPIES
+        self.swaps_in = NO_COPIES
+        self.swapped_in: list[tuple[int, int]] = []
+        """(row, tokens that were still on the device) of the samples that came back from the host."""
+
+
+class Admission:
+    """Admits from the front of the queue while seats, token budget and blocks last.
+
+    A sample gets in if its whole prompt fits beside what was promised to prompts under way, and a watermark of blocks
+    stays available, unless nothing runs. One that does not fit lets at most `max_bypasses` later ones pass, over all
+    its time in the queue, then nobody; since no one joins behind it any more, running samples drain until it fits.
+
+    `is_open` is False after an attempt that ended for want of seats or blocks, until something is added or let go of:
+    decoding only makes both scarcer, so trying again would end alike. This is also what lets a simulator leap.
+    """
+
+    __slots__ = (
+        "_config",
+        "_memory",
+        "_queue",
+        "_running",
+        "_sink",
+        "_watermark_blocks",
+        "is_open",
+        "num_reserved_seats",
+    )
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        memory: RowMemory,
+        queue: WaitingQueue,
+        running: RunningRows,
+        sink: EventSink | None,
+    ) -> None:
+        self._config = config
+        self._memory = memory
+        self._queue = queue
+        self._running = running
+        self._sink = sink
+        self._watermark_blocks = int(config.watermark * memory.pool.num_blocks)
+        self.is_open = True
+        self.num_reserved_seats = 0
+        """Seats kept for samples that fork off running ones later."""
+
+    def admit(self, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int) -> Grants:
+        """Admit what fits into `budget` tokens. `num_promised` blocks belong to the rest of prompts under way.
+
+        O(admitted + bypassed), plus each admitted one's blocks.
+        """
+        grants = Grants()
+        queue = self._queue
+        blocked: list[Sample] = []
+        self.is_open = False
+        while len(queue) > len(blocked):
+            sample = queue.first(len(blocked) + 1)[-1]
+            if len(self._running) + self.num_reserved_seats + sample.num_samples > self._config.max_num_running:
+                self._defer(sample, "no seat", now, step)
+                break
+            chunk = self._chunk(sample, budget, num_prefilling)
+            if chunk == 0:
+                self._defer(sample, "no token budget", now, step)
+                self.is_open = True
+                break
+            if self._try_admit(sample, chunk, num_promised, grants, now, step):
+                budget -= grants.num_tokens[-1]
+                rest = int(self._memory.sequences.num_known[sample.row]) - grants.starts[-1] - grants.num_tokens[-1]
+                num_prefilling += 1 if rest else 0
+                num_promised += cdiv(rest, self._memory.block_size)
+                for passed in blocked:
+                    passed.num_bypasses += 1
+            else:
+                self._defer(sample, "no blocks", now, step)
+                blocked.append(sample)
+            if any(passed.num_bypasses >= self._config.max_bypasses for passed in blocked):
+                break
+            if len(blocked) > self._config.max_bypasses:
+                break
+        return grants
+
+    def _chunk(self, sample: Sample, budget: int, num_prefilling: int) -> int:
+        """How many tokens the sample may compute in this step, if all of its known ones are to be computed; 0: none."""
+        config = self._config
+        cap = config.long_prefill_tokens
+        if cap is not None and num_prefilling + len(self._queue) > 1:
+            budget = min(budget, cap)
+        if not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget:
+            num_hit = self._memory.num_hit_blocks(sample.content, sample.num_known) * self._memory.block_size
+            if sample.num_known - num_hit > budget:
+                return 0
+        return budget
+
+    def _try_admit(self, sample: Sample, chunk: int, num_promised: int, grants: Grants, now: float, step: int) -> bool:
+        is_swapped = sample.state is SampleState.SWAPPED
+        resumed = sample.num_preemptions > 0
+        start = (self._swap_in if is_swapped else self._open)(sample, num_promised, grants)
+        if start < 0:
+            return False
+        memory = self._memory
+        num_tokens = min(sample.num_known - start, chunk)
+        copies = memory.try_append(np.array([sample.row]), np.array([num_tokens]))
+        if copies is None:
+            raise InvariantViolation(
+                "I11", f"admission of {sample.request.request_id!r} counted blocks that are not there"
+            )
+        grants.copies += copies
+        grants.rows.append(sample.row)
+        grants.num_tokens.append(num_tokens)
+        grants.starts.append(start)
+        self._queue.remove(sample)
+        # A sample that came back keeps its seat until it has filled one more block: otherwise two samples could
+        # throw each other out in turn, and each turn costs a prefill.
+        self._running.add(sample, protected_until=sample.num_known + memory.block_size if resumed else 0)
+        self.num_reserved_seats += sample.num_samples - 1
+        sample.deferral = ""
+        if self._sink is not None:
+            mode = "swapped in" if is_swapped else "recomputed" if resumed else "new"
+            used = memory.pool.num_used
+            request_id = sample.request.request_id
+            self._sink.emit(Admitted(now, step, request_id, sample.sample_idx, mode, sample.num_known, start, used))
+        return True
+
+    def _open(self, sample: Sample, num_promised: int, grants: Grants) -> int:  # noqa: ARG002 - same shape as _swap_in
+        """Make a row for a waiting sample; returns its first position to compute, or -1 if blocks are short."""
+        memory = self._memory
+        num_hit = memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
+        hit_blocks = memory.hit_blocks(sample.content, num_hit)
+        num_needed = cdiv(sample.num_known, memory.block_size) - num_hit + num_promised
+        if not self._fits(num_needed + num_hit) and not self._fits(
+            num_needed + memory.pool.num_evictable_among(hit_blocks)
+        ):
+            return -1
+        sample.row = memory.open(sample.content, sample.num_known, hit_blocks)
+        memory.counters.record(sample.num_known, num_hit, memory.block_size, resumed=sample.num_preemptions > 0)
+        return num_hit * memory.block_size
+
+    def _swap_in(self, sample: Sample, num_promised: int, grants: Grants) -> int:
+        """Bring a swapped sample back; returns its first position to compute, or -1 if blocks are short."""
+        memory = self._memory
+        num_computed = int(memory.sequences.num_computed[sample.row])
+        num_later = cdiv(sample.num_known, memory.block_size) - cdiv(num_computed, memory.block_size)
+        if not self._fits(memory.num_blocks_to_swap_in(sample.row) + num_later + num_promised):
+            return -1
+        copies: BlockCopies | None = memory.try_swap_in(sample.row)
+        if copies is None:
+            raise InvariantViolation(
+                "I11", f"swap in of {sample.request.request_id!r} counted blocks that are not there"
+            )
+        grants.swaps_in += copies
+        num_copied = len(copies) * memory.block_size
+        grants.swapped_in.append(
+            (sample.row, max(0, cdiv(num_computed, memory.block_size) * memory.block_size - num_copied))
+        )
+        return num_computed
+
+    def _fits(self, num_blocks: int) -> bool:
+        reserve = self._watermark_blocks if len(self._running) else 0
+        return num_blocks + reserve <= self._memory.pool.num_available
+
+    def _defer(self, sample: Sample, reason: str, now: float, step: int) -> None:
+        if sample.deferral != reason:
+            sample.deferral = reason
+            if self._sink is not None:
+                self._sink.emit(Deferred(now, step, sample.request.request_id, reason))

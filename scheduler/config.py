@@ -1,0 +1,54 @@
+"""Limits of a step and of admission."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pagedkv.arrays import as_int
+from pagedkv.errors import ConfigError, InvalidArgumentError
+
+__all__ = ["SchedulerConfig"]
+
+MAX_BATCHED_TOKENS = 2**24
+MAX_RUNNING = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How much one step computes, and how readily requests are admitted.
+
+    max_num_batched_tokens: tokens computed in one step, over all rows
+    max_num_running:        seats; a request with n samples takes n
+    long_prefill_tokens:    while several requests have more than one token to compute, none gets more than this in one
+                            step (None: no cap)
+    chunked_prefill:        whether a prompt may be computed over several steps
+    watermark:              share of the blocks that an admission must leave available, unless nothing runs
+    max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
+    """
+
+    max_num_batched_tokens: int = 8192
+    max_num_running: int = 256
+    long_prefill_tokens: int | None = None
+    chunked_prefill: bool = True
+    watermark: float = 0.01
+    max_bypasses: int = 4
+
+    def __post_init__(self) -> None:
+        try:
+            as_int("max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
+            as_int("max_num_running", self.max_num_running, at_least=1, at_most=MAX_RUNNING)
+            if self.long_prefill_tokens is not None:
+                as_int("long_prefill_tokens", self.long_prefill_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
+            as_int("max_bypasses", self.max_bypasses, at_least=0, at_most=1000)
+        except InvalidArgumentError as error:
+            raise ConfigError(str(error)) from None
+        if self.max_num_running > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_running {self.max_num_running} exceeds max_num_batched_tokens {self.max_num_batched_tokens}: "
+                "every running request needs one token a step"
+            )
+        if not isinstance(self.watermark, float | int) or not math.isfinite(self.watermark):
+            raise ConfigError(f"watermark must be a number in 0..0.5, found {self.watermark!r}")
+        if not 0 <= self.watermark <= 0.5:
+            raise ConfigError(f"watermark must be in 0..0.5, found {self.watermark}")

@@ -1,0 +1,66 @@
+"""What a user asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pagedkv.arrays import MAX_TOKEN_ID, as_int
+from pagedkv.block_keys import ExtraKey
+from pagedkv.content import MAX_TOKENS
+from pagedkv.errors import InvalidArgumentError
+from pagedkv.manager import Prompt
+
+__all__ = ["FinishReason", "Request"]
+
+MAX_SAMPLES = 1024
+MAX_STOP_TOKENS = 1024
+MAX_ID_BYTES = 2**20
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    LENGTH = "length"
+    STOP = "stop"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A prompt and what to make of it.
+
+    `prompt` is token ids, or a SimulatedPrompt. `max_new_tokens` may be 0: then the prompt is computed and nothing is
+    sampled. `n` samples share the prompt's blocks. `priority` counts for policies that look at it: lower goes first.
+    `reads_cache=False` computes the whole prompt (for log-probabilities of prompt tokens) but leaves its blocks to others.
+    """
+
+    request_id: str
+    prompt: Prompt
+    max_new_tokens: int
+    priority: float = field(default=0.0, kw_only=True)
+    client: str | int | None = field(default=None, kw_only=True)
+    salt: bytes = field(default=b"", kw_only=True, repr=False)
+    adapter: str | None = field(default=None, kw_only=True)
+    extras: tuple[ExtraKey, ...] = field(default=(), kw_only=True)
+    stop_token_ids: Collection[int] = field(default=(), kw_only=True)
+    n: int = field(default=1, kw_only=True)
+    reads_cache: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request_id, str) or not self.request_id or len(self.request_id) > MAX_ID_BYTES:
+            raise InvalidArgumentError(f"request_id must be a str of 1 to {MAX_ID_BYTES} characters")
+        as_int("max_new_tokens", self.max_new_tokens, at_least=0, at_most=MAX_TOKENS)
+        as_int("n", self.n, at_least=1, at_most=MAX_SAMPLES)
+        if (
+            isinstance(self.priority, bool)
+            or not isinstance(self.priority, int | float)
+            or not math.isfinite(self.priority)
+        ):
+            raise InvalidArgumentError(f"priority must be a finite number, found {self.priority!r}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {len(self.stop_token_ids)}")
+        for token_id in self.stop_token_ids:
+            as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID)

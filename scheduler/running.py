@@ -1,0 +1,77 @@
+"""Columns of the running samples, indexed by row, and the order in which they were admitted."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.arrays import Int64s, Rows
+from pagedkv.scheduler.sample import Sample, SampleState
+
+__all__ = ["RunningRows"]
+
+
+class RunningRows:
+    """Which rows run, in order of admission, with what the hot path must know of each.
+
+    max_tokens:      (rows,) int64, length at which the sample ends
+    protected_until: (rows,) int64, number of known tokens below which it should not be preempted
+    ranks, serials:  (rows,) its place in the queue
+    samples:         (rows,) object, the sample, None where no sample runs
+    """
+
+    __slots__ = ("_num_gaps", "_num_rows", "_order", "max_tokens", "protected_until", "ranks", "samples", "serials")
+
+    def __init__(self, num_rows: int = 64) -> None:
+        self._order: Rows = np.zeros(num_rows, np.int64)
+        self._num_rows = 0
+        self._num_gaps = 0
+        self.max_tokens: Int64s = np.zeros(num_rows, np.int64)
+        self.protected_until: Int64s = np.zeros(num_rows, np.int64)
+        self.ranks: NDArray[np.float64] = np.zeros(num_rows)
+        self.serials: Int64s = np.zeros(num_rows, np.int64)
+        self.samples: NDArray[np.object_] = np.full(num_rows, None, object)
+
+    def __len__(self) -> int:
+        return self._num_rows - self._num_gaps
+
+    @property
+    def rows(self) -> Rows:
+        """(n,) int64, running rows in order of admission, a view. O(1), or O(n) once after removals."""
+        if self._num_gaps:
+            order = self._order[: self._num_rows]
+            kept = order[order >= 0]
+            self._num_rows = len(kept)
+            self._num_gaps = 0
+            self._order[: len(kept)] = kept
+        return self._order[: self._num_rows]
+
+    def add(self, sample: Sample, *, protected_until: int) -> None:
+        """A sample with a row starts running, last in order. O(1) amortised."""
+        row = sample.row
+        if row >= len(self.samples):
+            self._grow(row + 1)
+        if self._num_rows == len(self._order):
+            self._order = np.concatenate((self._order, np.zeros_like(self._order)))
+        self._order[self._num_rows] = row
+        self._num_rows += 1
+        sample.state = SampleState.RUNNING
+        self.max_tokens[row] = sample.max_tokens
+        self.protected_until[row] = protected_until
+        self.ranks[row], self.serials[row] = sample.place[0], sample.place[1]
+        self.samples[row] = sample
+
+    def remove(self, row: int) -> None:
+        """The sample in this row stops running. Leaves a gap that the next look at `rows` closes."""
+        order = self._order[: self._num_rows]
+        order[order == row] = -1
+        self._num_gaps += 1
+        self.samples[row] = None
+
+    def _grow(self, num_rows: int) -> None:
+        old = len(self.samples)
+        new = max(num_rows, 2 * old)
+        for name in ("max_tokens", "protected_until", "ranks", "serials"):
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate((column, np.zeros(new - old, column.dtype))))
+        self.samples = np.concatenate((self.samples, np.full(new - old, None, object)))

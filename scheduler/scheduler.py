@@ -1,0 +1,554 @@
+"""The scheduler: who runs in the next step, with how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids, cdiv
+from pagedkv.content import SimulatedContent
+from pagedkv.errors import (
+    DuplicateIdError,
+    InvalidArgumentError,
+    InvariantViolation,
+    StalePlanError,
+    UnknownIdError,
+)
+from pagedkv.manager import KVCacheManager
+from pagedkv.plans import NO_COPIES, BlockCopies
+from pagedkv.scheduler.admission import Admission, Grants
+from pagedkv.scheduler.config import SchedulerConfig
+from pagedkv.scheduler.events import Aborted, Added, EventSink, Finished, Preempted, Refused, StepFailed
+from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
+from pagedkv.scheduler.plan import PlanInputs, StepEvents, StepPlan
+from pagedkv.scheduler.preemption import PreemptionMode, PreemptionPolicy, Recompute
+from pagedkv.scheduler.request import FinishReason, Request
+from pagedkv.scheduler.running import RunningRows
+from pagedkv.scheduler.sample import Sample, SampleState
+from pagedkv.scheduler.waiting_queue import WaitingQueue
+
+__all__ = ["RequestTooLargeError", "Scheduler"]
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+class RequestTooLargeError(InvalidArgumentError):
+    """The request could never run, however empty the memory: refused when it is added."""
+
+
+class Scheduler:
+    """Continuous batching over one memory: `add` requests, then `schedule`, compute, `update`, again and again.
+
+    A request has `num_known` tokens, of which `num_computed` have their K/V; a step plans how far each row catches up
+    under one token budget. There is no prefill phase and no decode phase. Running rows come first, in order of admission,
+    then waiting requests, in the queue policy's order. When blocks run short for the running rows, victims lose their
+    seat one at a time until there are enough. Nothing here reads a clock; `now` only orders events and ages priorities.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        manager: KVCacheManager,
+        *,
+        policy: QueuePolicy | None = None,
+        victim: VictimPolicy | None = None,
+        preemption: PreemptionPolicy | None = None,
+        sink: EventSink | None = None,
+    ) -> None:
+        self.config = config
+        self.manager = manager
+        self._memory = manager.memory
+        self._policy = FCFS() if policy is None else policy
+        self._victim = LatestArrival() if victim is None else victim
+        self._preemption = Recompute() if preemption is None else preemption
+        self._sink = sink
+        self._queue = WaitingQueue()
+        self._running = RunningRows()
+        self._admission = Admission(config, self._memory, self._queue, self._running, sink)
+        self._live: dict[str, list[Sample]] = {}
+        self._unforked: dict[int, Sample] = {}
+        self._in_flight: StepPlan | None = None
+        self._grants = Grants()
+        self._forked: list[tuple[int, Sample]] = []
+        self._swapped_out: list[Sample] = []
+        self._step = 0
+        self._num_added = 0
+        self._num_token_requests = 0
+        self._num_prefill_only = 0
+        self._num_with_stops = 0
+        self._num_left_in_flight = 0
+
+    # Requests
+
+    def add(self, request: Request, now: float) -> None:
+        """Put a request into the waiting queue. O(prompt + log waiting); its prompt is hashed when it is first considered.
+
+        Raises DuplicateIdError, InvalidArgumentError, and RequestTooLargeError with the arithmetic if it can never fit.
+        """
+        request_id = request.request_id
+        if request_id in self._live:
+            raise DuplicateIdError(f"request {request_id!r} is live already")
+        content, num_prompt = self.manager.make_content(
+            request.prompt, salt=request.salt, adapter=request.adapter, extras=request.extras
+        )
+        self._refuse_if_too_large(request, num_prompt, now)
+        self._num_added += 1
+        sample = Sample(request, content, num_prompt, rank=self._policy.rank(request, now), serial=self._num_added)
+        self._live[request_id] = [sample]
+        self._queue.push(sample)
+        self._admission.is_open = True
+        self._count_kinds(sample, 1)
+        if self._sink is not None:
+            self._sink.emit(Added(now, request_id, num_prompt, request.max_new_tokens))
+
+    def abort(self, request_id: str, now: float) -> None:
+        """End a request in whatever state it is, and let go of all it holds. O(log waiting + blocks + running)."""
+        samples = self._live.pop(request_id, None)
+        if samples is None:
+            raise UnknownIdError(f"no live request {request_id!r}")
+        for sample in samples:
+            state = sample.state
+            if state is SampleState.RUNNING:
+                self._leave(sample)
+                self._num_left_in_flight += 1
+            else:
+                self._queue.remove(sample)
+                if state is SampleState.SWAPPED:
+                    self._memory.close(sample.row)
+            sample.state = SampleState.FINISHED
+            self._count_kinds(sample, -1)
+            if self._sink is not None:
+                self._sink.emit(Aborted(now, request_id, state.value))
+        self._admission.is_open = True
+
+    # Steps
+
+    def schedule(self, now: float) -> StepPlan:
+        """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations."""
+        if self._in_flight is not None:
+            raise StalePlanError(f"step {self._in_flight.step} is in flight: update it or fail it first")
+        self._memory.begin_step()
+        self._swapped_out.clear()
+        self._forked.clear()
+        rows, starts, num_tokens, copies, swaps_out = self._plan_running(now)
+        self._grants = grants = Grants()
+        if self._admission.is_open and len(self._queue) and not self._swapped_out and not len(swaps_out):
+            grants = self._grants = self._admit(rows, starts, num_tokens, now)
+            if grants.rows:
+                self._expect_forks(grants)
+                rows = np.concatenate((rows, np.array(grants.rows)))
+                starts = np.concatenate((starts, np.array(grants.starts)))
+                num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
+                copies += grants.copies
+        sampling_rows, sources = self._choose_sampling(rows, starts + num_tokens)
+        plan = StepPlan(
+            self._step, rows, num_tokens, starts, sampling_rows, sources, swaps_out, copies, grants.swaps_in,
+            PlanInputs(self._memory),
+        )  # fmt: skip
+        self._step += 1
+        self._in_flight = plan
+        return plan
+
+    def update(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None, now: float) -> StepEvents:
+        """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
+
+        O(sampled) array operations; Python-level work only for rows that fill a block or end.
+        Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
+        """
+        tokens = self._check_outcome(plan, token_ids)
+        rows = plan.sampling_rows
+        ended = self._close_plan(plan)
+        if ended:
+            is_live = self._running.samples[rows] != None  # noqa: E711 - elementwise
+            rows = rows[is_live]
+            tokens = None if tokens is None else tokens[is_live]
+        self._memory.extend(rows, tokens)
+        return self._collect(plan, rows, tokens, now)
+
+    def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
+        """The step was not carried out: take back what it planned, so that its rows are planned again. O(rows + blocks).
+
+        Names that the step gave are forgotten, slots taken back; samples whose blocks were to be moved by the step start
+        over from what is sure to be on the device.
+        """
+        self._check_in_flight(plan)
+        self._close_plan(plan)
+        for row, sibling in self._forked:
+            self._undo_fork(row, sibling)
+        unwritten = self._memory.unname_step()
+        valid = dict(zip(plan.rows.tolist(), plan.starts.tolist(), strict=True))
+        for row, num_kept in self._grants.swapped_in:
+            valid[row] = min(valid[row], num_kept)
+        copied = set(plan.copies.targets.tolist())
+        for row, num_valid in valid.items():
+            if self._running.samples[row] is not None:
+                self._memory.retract(row, self._num_written(row, num_valid, unwritten, copied))
+        for sample in self._swapped_out:
+            if sample.state is SampleState.SWAPPED:
+                self._forget_swapped(sample)
+        self._admission.is_open = True
+        if self._sink is not None:
+            self._sink.emit(StepFailed(now, plan.step, plan.num_rows, reason))
+
+    # Leaps: many steps in one go, for simulated requests
+
+    def num_repeats(self, plan: StepPlan) -> int:
+        """How many steps, this one included, are sure to be the plan in flight again, each one token further.
+
+        1 unless every running row decodes, none waits for a fork or a copy, and no waiting one could be admitted; the last
+        of the steps is the first in which a sample ends, or the last for which there are blocks. O(running).
+        """
+        self._check_in_flight(plan)
+        running = self._running
+        if (
+            self._num_token_requests
+            or (self._admission.is_open and len(self._queue))
+            or len(plan.sampling_rows) != len(running)
+            or len(plan.rows) != len(running)
+            or self._num_left_in_flight
+            or not self._memory.can_repeat
+            or len(plan.copies) + len(plan.swaps_in) + len(plan.swaps_out)
+            or not len(plan.rows)
+        ):
+            return 1
+        rows = plan.rows
+        table = self._memory.sequences
+        num_left = int((running.max_tokens[rows] - table.num_known[rows]).min())
+        return self._memory.num_affordable_steps(rows, num_left - 1) + 1
+
+    def leap(self, plan: StepPlan, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:
+        """Update `plan` and take the `num_steps - 1` steps after it, which must be repeats of it, ending at `now`.
+
+        Every block, name and event is what `num_steps` rounds of `schedule` and `update` would have given.
+        Returns the last step's events, and (num_steps,) int64: blocks in use during each step. O(running + blocks).
+        """
+        num_used = self._memory.pool.num_used
+        self._check_in_flight(plan)
+        self._close_plan(plan)
+        num_new = self._memory.append_steps(plan.rows, num_steps - 1)
+        self._step += num_steps - 1
+        events = self._collect(plan, plan.rows, None, now)
+        return events, num_used + np.concatenate(([0], np.cumsum(num_new)))
+
+    # Looking
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting, running or swapped out. O(1)."""
+        return bool(self._live)
+
+    @property
+    def num_running(self) -> int:
+        """Samples that hold a seat. O(1)."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait for a seat, swapped ones included. O(1)."""
+        return len(self._queue)
+
+    @property
+    def block_tables(self) -> Int32s:
+        """(rows, width) int32: the block table of every row; a view, stale once the table has grown."""
+        return self._memory.sequences.block_tables
+
+    def check_invariants(self) -> None:
+        """Recount seats, queue and memory. Raises InvariantViolation. O(blocks + requests)."""
+        check_scheduler(self)
+        self.manager.check_invariants()
+
+    # How a step is planned
+
+    def _plan_running(self, now: float) -> tuple[Rows, Int64s, Int64s, BlockCopies, BlockCopies]:
+        """Give the running rows their tokens and blocks, preempting until the blocks suffice."""
+        table = self._memory.sequences
+        swaps_out = NO_COPIES
+        while True:
+            rows = self._running.rows
+            if not len(rows):
+                return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES, swaps_out
+            starts = table.num_computed[rows]
+            num_tokens = self._share_budget(table.num_known[rows] - starts)
+            if not num_tokens.all():
+                rows, starts, num_tokens = rows[num_tokens > 0], starts[num_tokens > 0], num_tokens[num_tokens > 0]
+            copies = self._memory.try_append(rows, num_tokens)
+            if copies is not None:
+                return rows.copy(), starts, num_tokens, copies, swaps_out
+            swaps_out += self._preempt(int(self._memory.num_blocks_to_append(rows, num_tokens).sum()), now)
+
+    def _share_budget(self, wanted: Int64s) -> Int64s:
+        """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
+        if int(wanted.sum()) == len(wanted):
+            return wanted
+        # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
+        self._admission.is_open = True
+        cap = self.config.long_prefill_tokens
+        if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
+            wanted = np.minimum(wanted, cap)
+        before = np.cumsum(wanted) - wanted
+        shared: Int64s = np.clip(self.config.max_num_batched_tokens - before, 0, wanted)
+        return shared
+
+    def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> Grants:
+        table = self._memory.sequences
+        rest = table.num_known[rows] - starts - num_tokens
+        is_prefilling = rest > 0
+        num_promised = int((-(-table.num_known[rows] // table.block_size) - table.num_blocks[rows]).sum())
+        budget = self.config.max_num_batched_tokens - int(num_tokens.sum())
+        return self._admission.admit(
+            budget, num_promised, int(np.count_nonzero(is_prefilling)), now=now, step=self._step
+        )
+
+    def _choose_sampling(self, rows: Rows, stops: Int64s) -> tuple[Rows, Int64s]:
+        """Rows that need a token: those that catch up with what is known and are not at their end. Forks samples."""
+        known = self._memory.sequences.num_known[rows]
+        caught_up = stops == known
+        if self._num_prefill_only:
+            caught_up &= known < self._running.max_tokens[rows]
+        sources = np.flatnonzero(caught_up)
+        sampling_rows = rows[sources]
+        if self._unforked:
+            for source, row in zip(sources.tolist(), sampling_rows.tolist(), strict=True):
+                if row in self._unforked:
+                    siblings = self._fork(self._unforked.pop(row))
+                    sampling_rows = np.concatenate((sampling_rows, siblings))
+                    sources = np.concatenate((sources, np.full(len(siblings), source)))
+        return sampling_rows, sources
+
+    def _expect_forks(self, grants: Grants) -> None:
+        for row in grants.rows:
+            sample: Sample = self._running.samples[row]
+            if sample.num_samples > 1:
+                self._unforked[row] = sample
+
+    def _fork(self, sample: Sample) -> Rows:
+        """The prompt of a request with several samples is computed in this step: give each of the others a row."""
+        rows = []
+        for sample_idx in range(1, sample.num_samples):
+            row = self._memory.fork(sample.row)
+            content = self._memory.sequences.contents[row]
+            if content is None:
+                raise InvariantViolation("I1", f"row {row} has no content")
+            sibling = sample.fork(sample_idx, row, content)
+            self._live[sample.request.request_id].append(sibling)
+            self._running.add(sibling, protected_until=0)
+            self._count_kinds(sibling, 1)
+            self._forked.append((sample.row, sibling))
+            rows.append(row)
+        self._admission.num_reserved_seats -= sample.num_samples - 1
+        return np.array(rows, np.int64)
+
+    # How samples lose their seats
+
+    def _preempt(self, num_needed: int, now: float) -> BlockCopies:
+        """Take the seat of one victim; returns the copies that move it to the host, if it is swapped out."""
+        running, memory = self._running, self._memory
+        rows = running.rows
+        unprotected = rows[memory.sequences.num_known[rows] >= running.protected_until[rows]]
+        candidates = unprotected if len(unprotected) else rows
+        row = int(candidates[self._victim.choose(running.ranks[candidates], running.serials[candidates])])
+        sample: Sample = running.samples[row]
+        num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
+        mode = self._preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
+        copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
+        sample.num_known = int(memory.sequences.num_known[row])
+        sample.num_preemptions += 1
+        if copies is None:
+            mode = PreemptionMode.RECOMPUTE
+            self._leave(sample)
+            sample.state = SampleState.WAITING
+        else:
+            self._swapped_out.append(sample)
+            self._vacate(sample)
+            sample.state = SampleState.SWAPPED
+        self._queue.push(sample)
+        if self._sink is not None:
+            self._sink.emit(
+                Preempted(
+                    now,
+                    self._step,
+                    sample.request.request_id,
+                    sample.sample_idx,
+                    mode.value,
+                    num_computed,
+                    num_used,
+                    memory.pool.num_used,
+                    num_needed,
+                    "running requests need blocks",
+                )  # fmt: skip
+            )
+        return NO_COPIES if copies is None else copies
+
+    def _vacate(self, sample: Sample) -> None:
+        """Give up the seats of a running sample; its row stays."""
+        self._running.remove(sample.row)
+        if self._unforked.pop(sample.row, None) is not None:
+            self._admission.num_reserved_seats -= sample.num_samples - 1
+        self._admission.is_open = True
+
+    def _leave(self, sample: Sample) -> None:
+        """Give up the seats and the row of a running sample."""
+        self._vacate(sample)
+        self._memory.close(sample.row)
+        sample.row = -1
+
+    # How a step ends
+
+    def _collect(self, plan: StepPlan, rows: Rows, tokens: Int32s | None, now: float) -> StepEvents:
+        """End the samples that have all their tokens, or a stop token; tell what came of the step."""
+        samples = self._running.samples[rows]
+        known = self._memory.sequences.num_known[rows]
+        at_end = known >= self._running.max_tokens[rows]
+        finished: list[tuple[Sample, str]] = []
+        if self._num_with_stops and tokens is not None:
+            for i in self._stopped(rows, tokens):
+                finished.append((samples[i], FinishReason.STOP.value))
+                at_end[i] = False
+        if at_end.any():
+            finished += [(sample, FinishReason.LENGTH.value) for sample in samples[at_end].tolist()]
+        if self._num_prefill_only:
+            finished += self._prefill_only(plan)
+        step = self._step - 1
+        for sample, reason in finished:
+            num_output = int(self._memory.sequences.num_known[sample.row]) - sample.num_prompt
+            self._end(sample)
+            if self._sink is not None:
+                request_id, idx = sample.request.request_id, sample.sample_idx
+                self._sink.emit(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))
+        return StepEvents(step, rows, tokens, samples, tuple(finished))
+
+    def _stopped(self, rows: Rows, tokens: Int32s) -> list[int]:
+        return [
+            i
+            for i, (sample, token) in enumerate(zip(self._running.samples[rows].tolist(), tokens.tolist(), strict=True))
+            if token in sample.request.stop_token_ids
+        ]
+
+    def _prefill_only(self, plan: StepPlan) -> list[tuple[Sample, str]]:
+        table = self._memory.sequences
+        samples = self._running.samples[plan.rows].tolist()
+        computed = table.num_computed[plan.rows].tolist()
+        return [
+            (sample, FinishReason.LENGTH.value)
+            for sample, num_computed in zip(samples, computed, strict=True)
+            if sample is not None and sample.request.max_new_tokens == 0 and num_computed == sample.num_prompt
+        ]
+
+    def _end(self, sample: Sample) -> None:
+        self._leave(sample)
+        sample.state = SampleState.FINISHED
+        self._count_kinds(sample, -1)
+        samples = self._live[sample.request.request_id]
+        samples.remove(sample)
+        if not samples:
+            del self._live[sample.request.request_id]
+
+    # How a step is taken back
+
+    def _undo_fork(self, row: int, sibling: Sample) -> None:
+        if sibling.state is SampleState.RUNNING:
+            self._end(sibling)
+        first: Sample | None = self._running.samples[row]
+        if first is not None and row not in self._unforked:
+            self._unforked[row] = first
+            self._admission.num_reserved_seats += first.num_samples - 1
+
+    def _num_written(self, row: int, num_valid: int, unwritten: NDArray[np.int32], copied: set[int]) -> int:
+        """How many leading tokens of a row surely have their K/V after its step failed."""
+        blocks = self._memory.sequences.blocks(row)
+        missing = np.flatnonzero(np.isin(blocks, unwritten))
+        if len(missing):
+            num_valid = min(num_valid, int(missing[0]) * self._memory.block_size)
+        offset = num_valid % self._memory.block_size
+        if offset and int(blocks[num_valid // self._memory.block_size]) in copied:
+            num_valid -= offset
+        return num_valid
+
+    def _forget_swapped(self, sample: Sample) -> None:
+        """The copy to the host was not made: the sample starts over."""
+        self._queue.remove(sample)
+        self._memory.close(sample.row)
+        sample.row = -1
+        sample.state = SampleState.WAITING
+        self._queue.push(sample)
+
+    # Checks before anything changes
+
+    def _refuse_if_too_large(self, request: Request, num_prompt: int, now: float) -> None:
+        pool, config = self._memory.pool, self.config
+        # The K/V of the last sampled token is never computed.
+        num_tokens = num_prompt + max(request.max_new_tokens - 1, 0)
+        num_needed = cdiv(num_tokens, self._memory.block_size)
+        reason = ""
+        if num_needed > pool.num_blocks:
+            reason = (
+                f"{num_prompt} prompt + {request.max_new_tokens} new tokens need {num_needed} blocks of "
+                f"{self._memory.block_size}, the pool has {pool.num_blocks}"
+            )
+        elif request.n > config.max_num_running:
+            reason = f"{request.n} samples need as many seats, there are {config.max_num_running}"
+        elif not config.chunked_prefill and num_tokens > config.max_num_batched_tokens:
+            reason = (
+                f"up to {num_tokens} tokens must be computed in one step without chunked prefill, "
+                f"the budget is {config.max_num_batched_tokens}"
+            )
+        if reason:
+            if self._sink is not None:
+                self._sink.emit(Refused(now, request.request_id, reason))
+            raise RequestTooLargeError(f"request {request.request_id!r} can never run: {reason}")
+
+    def _check_in_flight(self, plan: StepPlan) -> None:
+        if plan is not self._in_flight:
+            raise StalePlanError(f"step {plan.step} is not in flight: it was updated, or belongs to another scheduler")
+
+    def _check_outcome(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None) -> Int32s | None:
+        self._check_in_flight(plan)
+        if token_ids is None:
+            if self._num_token_requests and len(plan.sampling_rows):
+                raise InvalidArgumentError("token_ids may be None only while every prompt is simulated")
+            return None
+        tokens = as_token_ids("token_ids", token_ids)
+        if len(tokens) != len(plan.sampling_rows):
+            raise InvalidArgumentError(
+                f"{len(plan.sampling_rows)} rows sample in this step, found {len(tokens)} tokens"
+            )
+        return tokens
+
+    def _close_plan(self, plan: StepPlan) -> bool:
+        """The plan is no longer in flight; returns whether samples of it were ended from outside."""
+        plan.inputs.is_stale = True
+        self._in_flight = None
+        any_left = self._num_left_in_flight > 0
+        self._num_left_in_flight = 0
+        return any_left
+
+    def _count_kinds(self, sample: Sample, change: int) -> None:
+        """Keep count of the kinds of live samples that cost extra work in every step, so that others do not pay for it."""
+        if not isinstance(sample.content, SimulatedContent):
+            self._num_token_requests += change
+        if sample.request.max_new_tokens == 0:
+            self._num_prefill_only += change
+        if len(sample.request.stop_token_ids):
+            self._num_with_stops += change
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Recount seats, rows and states from the live samples."""
+    samples = [sample for group in scheduler._live.values() for sample in group]
+    running = [sample for sample in samples if sample.state is SampleState.RUNNING]
+    rows = scheduler._running.rows.tolist()
+    if sorted(rows) != sorted(sample.row for sample in running):
+        raise InvariantViolation("I15", f"rows {rows[:20]} run for {len(running)} running samples")
+    waiting = [sample for sample in samples if sample.state in (SampleState.WAITING, SampleState.SWAPPED)]
+    if sorted(sample.place for sample in waiting) != [sample.place for sample in scheduler._queue]:
+        raise InvariantViolation("I10", f"{len(waiting)} samples wait, the queue holds {len(scheduler._queue)}")
+    if len(running) + scheduler._admission.num_reserved_seats > scheduler.config.max_num_running:
+        raise InvariantViolation("I15", f"{len(running)} samples run on {scheduler.config.max_num_running} seats")
+    swapped = sorted(sample.row for sample in samples if sample.state is SampleState.SWAPPED)
+    if not set(swapped) <= set(scheduler._memory.host_blocks):
+        raise InvariantViolation("I6", f"rows {swapped[:20]} are swapped out without host blocks")
+    for sample in running:
+        if scheduler._memory.sequences.num_known[sample.row] > sample.max_tokens:
+            raise InvariantViolation("I15", f"request {sample.request.request_id!r} is longer than it may be")

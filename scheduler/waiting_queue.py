@@ -1,0 +1,39 @@
+"""Requests that wait for a seat, in the policy's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sortedcontainers import SortedDict
+
+from pagedkv.scheduler.sample import Sample
+
+__all__ = ["WaitingQueue"]
+
+
+class WaitingQueue:
+    """A sorted map from (rank, arrival number, sample) to samples: every verb is O(log n)."""
+
+    __slots__ = ("_samples",)
+
+    def __init__(self) -> None:
+        self._samples: SortedDict = SortedDict()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples in order; the queue must not change meanwhile."""
+        return iter(self._samples.values())
+
+    def push(self, sample: Sample) -> None:
+        """Put a sample at its place: a preempted one comes back to where it stood. O(log n)."""
+        self._samples[sample.place] = sample
+
+    def remove(self, sample: Sample) -> None:
+        """Take a sample out. O(log n)."""
+        del self._samples[sample.place]
+
+    def first(self, num_samples: int) -> list[Sample]:
+        """The first samples, at most `num_samples`. O(num_samples + log n)."""
+        return [self._samples[place] for place in self._samples.islice(0, num_samples)]
