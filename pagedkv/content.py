@@ -1,4 +1,4 @@
-"""What a sequence contains, as far as memory must know: the names of its full blocks, and where there are any, its tokens."""
+"""What a sequence contains, as far as memory must know: the names of its full blocks, and its tokens, if real."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SimulatedPrompt:
     """A prompt of which only the length is known, and perhaps which blocks it shares with others.
 
     `content_ids[i]` names block i *and the whole prefix before it*, as the `hash_ids` of the Mooncake and Qwen-Bailian
-    traces do: equal ids mean equal prefixes. `content_block_size` is the number of tokens that one id covers; the last
-    id may stand for a block that is only partly filled.
+    traces do: equal ids mean equal prefixes. `content_block_size` is the number of tokens that one id covers. There is
+    one id for every full block; one more may stand for a last block that is only partly filled.
     """
 
     num_tokens: int
@@ -39,16 +39,17 @@ class SimulatedPrompt:
         if num_ids == 0:
             return
         as_int("content_block_size", self.content_block_size, at_least=1, at_most=MAX_TOKENS)
-        if num_ids != cdiv(self.num_tokens, self.content_block_size):
+        num_full, num_all = self.num_tokens // self.content_block_size, cdiv(self.num_tokens, self.content_block_size)
+        if num_ids not in (num_full, num_all):
             raise InvalidArgumentError(
-                f"{self.num_tokens} tokens in blocks of {self.content_block_size} need "
-                f"{cdiv(self.num_tokens, self.content_block_size)} content ids, found {num_ids}"
+                f"{self.num_tokens} tokens in blocks of {self.content_block_size} have {num_full} or {num_all} "
+                f"content ids, found {num_ids}"
             )
         ids = np.asarray(self.content_ids)
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= MAX_CONTENT_ID:
             raise InvalidArgumentError(f"content ids must be whole numbers in 0..2^62-1, found {ids.dtype}")
 
-    def block_keys(self, block_size: int) -> list[int]:
+    def block_keys(self, block_size: int) -> list[Key]:
         """Names of the prompt's full blocks of `block_size` tokens, which must divide the ids' size or be divided by it."""
         num_full = self.num_tokens // block_size
         if len(self.content_ids) == 0 or num_full == 0:
@@ -56,7 +57,7 @@ class SimulatedPrompt:
         ids = np.asarray(self.content_ids, np.int64)
         if self.content_block_size % block_size == 0:
             parts = self.content_block_size // block_size
-            block_idx = np.arange(num_full)
+            block_idx = np.arange(min(num_full, len(ids) * parts))
             keys = ids[block_idx // parts] * parts + block_idx % parts
         elif block_size % self.content_block_size == 0:
             # An id names its whole prefix, so the last id inside a larger block names that block.
@@ -66,7 +67,8 @@ class SimulatedPrompt:
             raise InvalidArgumentError(
                 f"block_size {block_size} must divide, or be a multiple of, the content ids' {self.content_block_size}"
             )
-        return keys.tolist()
+        names: list[Key] = keys.tolist()
+        return names
 
 
 class TokenContent:
@@ -133,30 +135,31 @@ class SimulatedContent:
     own blocks again and never another's.
     """
 
-    __slots__ = ("_base", "_prompt_keys")
+    __slots__ = ("_prompt_keys", "base")
 
-    def __init__(self, prompt_keys: list[int], serial: int) -> None:
+    def __init__(self, prompt_keys: list[Key], serial: int) -> None:
         self._prompt_keys = prompt_keys
-        self._base = -(serial * MAX_TOKENS) - 1
+        self.base = -(serial * MAX_TOKENS) - 1
+        """Block i beyond the named ones is `base - i`."""
 
     def keys(self, num_blocks: int) -> Sequence[Key]:
         """Names of the first `num_blocks` blocks at least."""
         num_named = len(self._prompt_keys)
         if num_named == 0:
-            return range(self._base, self._base - num_blocks, -1)
+            return range(self.base, self.base - num_blocks, -1)
         if num_blocks <= num_named:
             return self._prompt_keys
-        return [*self._prompt_keys, *range(self._base - num_named, self._base - num_blocks, -1)]
+        return [*self._prompt_keys, *range(self.base - num_named, self.base - num_blocks, -1)]
 
     def key(self, block_idx: int) -> Key:
         """Name of one block. O(1)."""
         keys = self._prompt_keys
-        return keys[block_idx] if block_idx < len(keys) else self._base - block_idx
+        return keys[block_idx] if block_idx < len(keys) else self.base - block_idx
 
     def truncate(self, num_blocks: int, serial: int) -> None:
         """Give what follows the first `num_blocks` blocks new names: it will be other content."""
         self._prompt_keys = list(self.keys(num_blocks))[:num_blocks]
-        self._base = -(serial * MAX_TOKENS) - 1
+        self.base = -(serial * MAX_TOKENS) - 1
 
     def fork(self, num_blocks: int, serial: int) -> SimulatedContent:
         """A copy that shares the first `num_blocks` names and has its own from there."""

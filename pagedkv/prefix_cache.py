@@ -68,14 +68,17 @@ class PrefixCache:
         """
         if keys[0] in self._block_of:
             return False
+        parent_ids = np.concatenate((np.array([parent_id], np.int32), block_ids[:-1]))
+        self.name_fresh(keys, block_ids, parent_ids)
+        return True
+
+    def name_fresh(self, keys: Sequence[Key], block_ids: BlockIds, parent_ids: BlockIds) -> None:
+        """Name held blocks; `block_ids[i]` continues `parent_ids[i]` (-1: none), and no key names a block yet. O(n)."""
         self._block_of.update(zip(keys, block_ids.tolist(), strict=True))
         self._key_of[block_ids] = keys
         self._pool.name(block_ids)
-        policy = self._pool.policy
-        if policy.tracks_names:
-            parent_ids = np.concatenate((np.array([parent_id], np.int32), block_ids[:-1]))
-            policy.on_name(block_ids, keys, parent_ids)
-        return True
+        if self._pool.policy.tracks_names:
+            self._pool.policy.on_name(block_ids, keys, parent_ids)
 
     def name_each(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> NDArray[np.bool_]:
         """Name held blocks of different sequences, one each; a key that names another block already stays with that.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv
+from pagedkv.block_keys import Key
 from pagedkv.block_pool import BlockPool
 from pagedkv.config import CacheConfig
 from pagedkv.content import Content, SimulatedContent, TokenContent
@@ -16,6 +17,19 @@ from pagedkv.sequences import SequenceTable
 from pagedkv.statistics import PrefixCounters
 
 __all__ = ["RowMemory"]
+
+NO_STEPS = np.empty(0, np.int64)
+
+
+def _by_step(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s, Int64s]:
+    """Things that happen to row i `counts[i]` times: first in step `first_steps[i]`, then every `period` steps.
+
+    Returns, for each of them in order of rows, whose it is and in which step, and the permutation into order of steps.
+    """
+    owners = np.arange(len(counts)).repeat(counts)
+    nth = np.arange(len(owners)) - (counts.cumsum() - counts)[owners]
+    steps = first_steps[owners] + nth * period
+    return owners, steps, steps.argsort(kind="stable")
 
 
 class RowMemory:
@@ -144,7 +158,7 @@ class RowMemory:
                     content.write(int(table.num_known[row]) + 1 - self.block_size, table.tails[row])
         table.num_known[rows] = known + 1
 
-    def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s) -> Int64s:
+    def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s | int) -> Int64s:
         """Blocks that `try_append` would take for each row, copies on write not counted, (n,) int64."""
         table = self.sequences
         stops = table.num_computed[rows] + num_tokens
@@ -161,21 +175,57 @@ class RowMemory:
         starts = table.num_computed[rows]
         stops = starts + num_tokens
         num_new = -(-stops // self.block_size) - table.num_blocks[rows]
-        total = int(num_new.sum())
+        total = int(np.add.reduce(num_new))
         copied = self._rows_to_copy(rows, starts) if self._num_shared_tails else []
-        block_ids: BlockIds | None = NO_COPIES.sources
-        if total or copied:
-            block_ids = self.pool.try_allocate(total + len(copied))
-            if block_ids is None:
-                return None
+        block_ids = self.pool.try_allocate(total + len(copied)) if total or copied else NO_COPIES.sources
+        if block_ids is None:
+            return None
         copies = self._copy_tails(rows, copied, block_ids[: len(copied)]) if self._num_shared_tails else NO_COPIES
         if total:
-            growing = np.flatnonzero(num_new)
+            growing = num_new.nonzero()[0]
             table.append_blocks(rows[growing], num_new[growing], block_ids[len(copied) :])
         table.num_computed[rows] = stops
         if self.caches_prefixes:
             self._name_filled(rows, starts, stops)
         return copies
+
+    def try_append_single(self, rows: Rows, starts: Int64s) -> BlockCopies | None:
+        """As `try_append` for one token each, given `starts`, the rows' `num_computed`: the steady state of decoding."""
+        if self._num_shared_tails:
+            return self.try_append(rows, np.ones(len(rows), np.int64))
+        table, block_size = self.sequences, self.block_size
+        offsets = starts % block_size
+        growing = (offsets == 0).nonzero()[0]
+        if len(growing):
+            block_ids = self.pool.try_allocate(len(growing))
+            if block_ids is None:
+                return None
+            table.append_single(rows[growing], block_ids)
+        table.num_computed[rows] = starts + 1
+        if self.caches_prefixes:
+            filling = (offsets == block_size - 1).nonzero()[0]
+            if len(filling):
+                self._name_single(rows[filling], starts[filling] // block_size)
+        return NO_COPIES
+
+    def try_append_run(self, row: int, num_tokens: int) -> BlockCopies | None:
+        """As `try_append` for many tokens of one row: a chunk of a prompt."""
+        if self._num_shared_tails:
+            return self.try_append(np.array([row]), np.array([num_tokens]))
+        table, block_size = self.sequences, self.block_size
+        start, held = int(table.num_computed[row]), int(table.num_blocks[row])
+        stop = start + num_tokens
+        total = cdiv(stop, block_size)
+        if total > held:
+            block_ids = self.pool.try_allocate(total - held)
+            if block_ids is None:
+                return None
+            table.append_run(row, held, block_ids)
+        table.num_computed[row] = stop
+        first, last = start // block_size, stop // block_size
+        if self.caches_prefixes and last > first == table.num_named[row]:
+            self._name_run(row, first, last)
+        return NO_COPIES
 
     # Many steps at once
 
@@ -187,9 +237,11 @@ class RowMemory:
     def num_affordable_steps(self, rows: Rows, num_steps: int) -> int:
         """How often, at most `num_steps`, each row can take one more token before blocks run short. O(rows log steps)."""
         num_available = self.pool.num_available
+        if len(rows) * (num_steps // self.block_size + 1) <= num_available:
+            return num_steps
 
         def needed(num: int) -> int:
-            return int(self.num_blocks_to_append(rows, np.full(len(rows), num)).sum())
+            return int(np.add.reduce(self.num_blocks_to_append(rows, num)))
 
         if needed(num_steps) <= num_available:
             return num_steps
@@ -200,55 +252,53 @@ class RowMemory:
         return low
 
     def append_steps(self, rows: Rows, num_steps: int) -> Int64s:
-        """Update one step of `rows` and append `num_steps` more of one token each, then update those.
+        """Extend rows of simulated content by `num_steps + 1` known tokens, and append `num_steps`, one in each step.
 
         Blocks are taken and named in the order in which single steps would have done it: by step, then by row. The
         caller has made sure that they suffice. Returns (num_steps,) int64: blocks taken in each. O(rows + blocks).
         """
         table, block_size = self.sequences, self.block_size
-        num_taken = np.zeros(num_steps, np.int64)
-        table.num_known[rows] += num_steps + 1
-        if num_steps == 0:
-            return num_taken
         starts = table.num_computed[rows]
-        num_new = self.num_blocks_to_append(rows, np.full(len(rows), num_steps))
-        total = int(num_new.sum())
+        stops = starts + num_steps
+        table.num_known[rows] = stops + 1
+        if num_steps == 0:
+            return NO_STEPS
+        table.num_computed[rows] = stops
+        num_new = -(-stops // block_size) - table.num_blocks[rows]
+        total = int(np.add.reduce(num_new))
+        num_taken = np.zeros(num_steps, np.int64)
         if total:
             # Row i takes its blocks in the steps in which it writes the first slot of a block.
-            owners = np.repeat(np.arange(len(rows)), num_new)
-            nth = np.arange(total) - np.repeat(np.cumsum(num_new) - num_new, num_new)
-            steps = (-starts % block_size)[owners] + nth * block_size
-            order = np.argsort(steps, kind="stable")
+            _owners, steps, order = _by_step(num_new, -starts % block_size, block_size)
             block_ids = np.empty(total, np.int32)
             block_ids[order] = self.pool.allocate(total)
-            growing = np.flatnonzero(num_new)
+            growing = num_new.nonzero()[0]
             table.append_blocks(rows[growing], num_new[growing], block_ids)
             num_taken = np.bincount(steps, minlength=num_steps)
-        table.num_computed[rows] = starts + num_steps
         if self.caches_prefixes:
-            self._name_steps(rows, starts, num_steps)
+            self._name_steps(rows, starts, stops)
         return num_taken
 
-    def _name_steps(self, rows: Rows, starts: Int64s, num_steps: int) -> None:
-        """Name the blocks that `num_steps` single-token steps fill, by step, then by row."""
+    def _name_steps(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
+        """Name the blocks that single-token steps fill, by step, then by row. Such names are new: nobody else has them."""
         table, block_size = self.sequences, self.block_size
         first = starts // block_size
-        num_filled = (starts + num_steps) // block_size - first
-        num_filled[table.num_named[rows] != first] = 0
-        total = int(num_filled.sum())
+        num_filled = stops // block_size - first
+        num_filled *= table.num_named[rows] == first
+        total = int(np.add.reduce(num_filled))
         if not total:
             return
-        owners = np.repeat(np.arange(len(rows)), num_filled)
-        nth = np.arange(total) - np.repeat(np.cumsum(num_filled) - num_filled, num_filled)
-        steps = (-(starts + 1) % block_size)[owners] + nth * block_size
-        order = np.argsort(steps, kind="stable")
+        owners, _, order = _by_step(num_filled, -(starts + 1) % block_size, block_size)
+        nth = np.arange(total) - (np.cumsum(num_filled) - num_filled)[owners]
         owners, nth = owners[order], nth[order]
-        # A duplicate ends the naming of its row, so a row's next block may only be named after the one before.
-        for depth in range(int(num_filled.max())):
-            now = owners[nth == depth]
-            still = now[table.num_named[rows[now]] == first[now] + depth]
-            if len(still):
-                self._name_single(rows[still], first[still] + depth)
+        rows_filling, block_idx = rows[owners], first[owners] + nth
+        block_ids = table.block_tables[rows_filling, block_idx]
+        parent_ids = table.block_tables[rows_filling, block_idx - 1]
+        parent_ids[block_idx == 0] = -1
+        keys: list[Key] = (table.name_bases[rows_filling] - block_idx).tolist()
+        self.cache.name_fresh(keys, block_ids, parent_ids)
+        table.num_named[rows] += num_filled
+        self._named_in_step.append(block_ids)
 
     # Sharing
 
@@ -288,6 +338,7 @@ class RowMemory:
                 table.tails[row, :offset] = tail
             elif isinstance(content, SimulatedContent):
                 content.truncate(num_tokens // self.block_size, self.next_serial())
+                table.name_bases[row] = content.base
             table.num_known[row] = num_tokens
         if num_tokens < table.num_computed[row]:
             self.retract(row, num_tokens)
@@ -366,14 +417,13 @@ class RowMemory:
         """Name the blocks that the tokens `starts` to `stops - 1` of each row fill."""
         table = self.sequences
         first, last = starts // self.block_size, stops // self.block_size
-        filling = np.flatnonzero((last > first) & (table.num_named[rows] == first))
+        filling = ((last > first) & (table.num_named[rows] == first)).nonzero()[0]
         if not len(filling):
             return
-        if len(filling) > 1:
-            single = (last - first)[filling] == 1
-            if single.any():
-                self._name_single(rows[filling[single]], first[filling[single]])
-                filling = filling[~single]
+        is_single = (last - first)[filling] == 1
+        if is_single.any():
+            self._name_single(rows[filling[is_single]], first[filling[is_single]])
+            filling = filling[~is_single]
         for i in filling.tolist():
             self._name_run(int(rows[i]), int(first[i]), int(last[i]))
 
@@ -388,12 +438,16 @@ class RowMemory:
             self._named_in_step.append(block_ids)
 
     def _name_single(self, rows: Rows, block_idx: Int64s) -> None:
-        """Name block `block_idx[i]` of each row: the common case of decoding, in bulk."""
+        """Name block `block_idx[i]` of each row, unless its chain left the named one: the common case of decoding."""
         table = self.sequences
+        is_on_chain = table.num_named[rows] == block_idx
+        if not is_on_chain.all():
+            rows, block_idx = rows[is_on_chain], block_idx[is_on_chain]
         contents = table.contents
-        keys = [contents[row].key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]  # type: ignore[union-attr]
+        keys = [contents[row].key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]
         block_ids = table.block_tables[rows, block_idx]
-        parent_ids = np.where(block_idx > 0, table.block_tables[rows, block_idx - 1], np.int32(-1))
+        parent_ids = table.block_tables[rows, block_idx - 1]
+        parent_ids[block_idx == 0] = -1
         is_new = self.cache.name_each(keys, block_ids, parent_ids)
         table.num_named[rows] += is_new
         self._named_in_step.append(block_ids[is_new])

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows
-from pagedkv.content import Content
+from pagedkv.content import Content, SimulatedContent
 
 __all__ = ["SequenceTable"]
 
@@ -20,6 +20,7 @@ class SequenceTable:
     num_named:    (rows,) int64, leading blocks that are the ones that the prefix cache names
     has_shared_tail: (rows,) bool, the last, partly filled block may have another holder or a name
     block_tables: (rows, width) int32; entries beyond `num_blocks` are never read
+    name_bases:   (rows,) int64, where content is simulated: block i that a decode fills is named `name_bases - i`
     tails:        (rows, block_size) int32, the tokens of the block that `num_known` reaches into
     contents:     per row, what the sequence contains
 
@@ -33,6 +34,7 @@ class SequenceTable:
         "contents",
         "has_shared_tail",
         "is_live",
+        "name_bases",
         "num_blocks",
         "num_computed",
         "num_known",
@@ -48,6 +50,7 @@ class SequenceTable:
         self.num_computed: Int64s = np.zeros(num_rows, np.int64)
         self.num_blocks: Int64s = np.zeros(num_rows, np.int64)
         self.num_named: Int64s = np.zeros(num_rows, np.int64)
+        self.name_bases: Int64s = np.zeros(num_rows, np.int64)
         self.has_shared_tail: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.is_live: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.block_tables: Int32s = np.zeros((num_rows, width), np.int32)
@@ -66,6 +69,8 @@ class SequenceTable:
         self.num_live += 1
         self.is_live[row] = True
         self.contents[row] = content
+        if isinstance(content, SimulatedContent):
+            self.name_bases[row] = content.base
         self.num_known[row] = num_known
         self.num_computed[row] = num_computed
         self.num_blocks[row] = num_blocks
@@ -90,16 +95,29 @@ class SequenceTable:
         """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
         held = self.num_blocks[rows]
         total = held + num_new
-        width = int(total.max())
+        width = int(np.maximum.reduce(total))
         if width > self.block_tables.shape[1]:
             self._grow_width(width)
-        if len(rows) == 1:
-            self.block_tables[rows[0], held[0] : total[0]] = block_ids
-        else:
-            offsets = np.cumsum(num_new) - num_new
-            columns = np.repeat(held - offsets, num_new) + np.arange(len(block_ids))
-            self.block_tables[np.repeat(rows, num_new), columns] = block_ids
+        offsets = num_new.cumsum() - num_new
+        columns = (held - offsets).repeat(num_new) + np.arange(len(block_ids))
+        self.block_tables[rows.repeat(num_new), columns] = block_ids
         self.num_blocks[rows] = total
+
+    def append_single(self, rows: Rows, block_ids: BlockIds) -> None:
+        """Append one block to each row. O(n)."""
+        held = self.num_blocks[rows]
+        if int(np.maximum.reduce(held)) >= self.block_tables.shape[1]:
+            self._grow_width(int(held.max()) + 1)
+        self.block_tables[rows, held] = block_ids
+        self.num_blocks[rows] = held + 1
+
+    def append_run(self, row: int, held: int, block_ids: BlockIds) -> None:
+        """Append blocks to one row that holds `held`. O(n)."""
+        total = held + len(block_ids)
+        if total > self.block_tables.shape[1]:
+            self._grow_width(total)
+        self.block_tables[row, held:total] = block_ids
+        self.num_blocks[row] = total
 
     def slots(self, rows: Rows, positions: Int64s) -> Int64s:
         """Slot of token `positions[i]` of row `rows[i]`: block_id * block_size + offset, (n,) int64. O(n)."""
@@ -111,7 +129,15 @@ class SequenceTable:
 
     def _grow_rows(self) -> None:
         old, new = len(self.contents), 2 * len(self.contents)
-        for name in ("num_known", "num_computed", "num_blocks", "num_named", "has_shared_tail", "is_live"):
+        for name in (
+            "num_known",
+            "num_computed",
+            "num_blocks",
+            "num_named",
+            "name_bases",
+            "has_shared_tail",
+            "is_live",
+        ):
             column = getattr(self, name)
             setattr(self, name, np.concatenate((column, np.zeros(new - old, column.dtype))))
         for name in ("block_tables", "tails"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pagedkv.arrays import cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
@@ -98,6 +96,7 @@ class Admission:
                 num_promised += cdiv(rest, self._memory.block_size)
                 for passed in blocked:
                     passed.num_bypasses += 1
+                    self.is_open = True  # What was admitted may have named blocks that those passed can hit.
             else:
                 self._defer(sample, "no blocks", now, step)
                 blocked.append(sample)
@@ -127,7 +126,7 @@ class Admission:
             return False
         memory = self._memory
         num_tokens = min(sample.num_known - start, chunk)
-        copies = memory.try_append(np.array([sample.row]), np.array([num_tokens]))
+        copies = memory.try_append_run(sample.row, num_tokens)
         if copies is None:
             raise InvariantViolation(
                 "I11", f"admission of {sample.request.request_id!r} counted blocks that are not there"

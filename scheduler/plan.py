@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from pagedkv.plans import BlockCopies
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler.sample import Sample
 
-__all__ = ["Output", "StepEvents", "StepPlan"]
+__all__ = ["Output", "Seat", "StepEvents", "StepPlan"]
 
 
 class PlanInputs:
@@ -34,7 +35,16 @@ class PlanInputs:
         return self.memory
 
 
-class StepPlan(NamedTuple):
+class Seat(NamedTuple):
+    """A row that was given to a sample: what an engine must know to sample for it."""
+
+    row: int
+    request_id: str
+    sample_idx: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
     """The rows of one step. Immutable; packed arrays are made on first access, which must come before the update.
 
     step:             number of the step, from 0
@@ -43,6 +53,7 @@ class StepPlan(NamedTuple):
     starts:           (n,) int64, position of its first one
     sampling_rows:    (s,) int64, rows that need a new token from this step's logits
     sampling_sources: (s,) int64, index into `rows` of the row whose last logits to sample from
+    admitted:         rows that begin or come back in this step, forks included
     swaps_out, copies, swaps_in: block copies to make before the step, in this order
     """
 
@@ -52,13 +63,11 @@ class StepPlan(NamedTuple):
     starts: Int64s
     sampling_rows: Rows
     sampling_sources: Int64s
+    admitted: tuple[Seat, ...]
     swaps_out: BlockCopies
     copies: BlockCopies
     swaps_in: BlockCopies
     inputs: PlanInputs
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
     @property
     def num_rows(self) -> int:
@@ -124,7 +133,8 @@ class Output(NamedTuple):
     finish_reason: str | None
 
 
-class StepEvents(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class StepEvents:
     """What an update brought about.
 
     rows:      (s,) int64, rows that got a token
@@ -137,9 +147,6 @@ class StepEvents(NamedTuple):
     token_ids: Int32s | None
     samples: NDArray[np.object_]
     finished: tuple[tuple[Sample, str], ...]
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
     @property
     def outputs(self) -> list[Output]:

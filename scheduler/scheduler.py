@@ -22,7 +22,7 @@ from pagedkv.scheduler.admission import Admission, Grants
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.events import Aborted, Added, EventSink, Finished, Preempted, Refused, StepFailed
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
-from pagedkv.scheduler.plan import PlanInputs, StepEvents, StepPlan
+from pagedkv.scheduler.plan import PlanInputs, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.preemption import PreemptionMode, PreemptionPolicy, Recompute
 from pagedkv.scheduler.request import FinishReason, Request
 from pagedkv.scheduler.running import RunningRows
@@ -143,10 +143,20 @@ class Scheduler:
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
                 copies += grants.copies
         sampling_rows, sources = self._choose_sampling(rows, starts + num_tokens)
+        admitted = self._admitted_seats()
         plan = StepPlan(
-            self._step, rows, num_tokens, starts, sampling_rows, sources, swaps_out, copies, grants.swaps_in,
-            PlanInputs(self._memory),
-        )  # fmt: skip
+            step=self._step,
+            rows=rows,
+            num_tokens=num_tokens,
+            starts=starts,
+            sampling_rows=sampling_rows,
+            sampling_sources=sources,
+            admitted=admitted,
+            swaps_out=swaps_out,
+            copies=copies,
+            swaps_in=grants.swaps_in,
+            inputs=PlanInputs(self._memory),
+        )
         self._step += 1
         self._in_flight = plan
         return plan
@@ -194,43 +204,45 @@ class Scheduler:
 
     # Leaps: many steps in one go, for simulated requests
 
-    def num_repeats(self, plan: StepPlan) -> int:
-        """How many steps, this one included, are sure to be the plan in flight again, each one token further.
+    def num_steps_ahead(self, plan: StepPlan) -> int:
+        """How many steps after the plan in flight are sure to decode one token of each of its rows, and nothing else.
 
-        1 unless every running row decodes, none waits for a fork or a copy, and no waiting one could be admitted; the last
-        of the steps is the first in which a sample ends, or the last for which there are blocks. O(running).
+        0 unless every running row gets a token in this step, none waits for a fork or a copy, and no waiting sample could
+        be admitted. The last of the steps is the first in which a sample ends, or the last for which there are blocks.
+        O(running).
         """
         self._check_in_flight(plan)
         running = self._running
+        rows = plan.rows
         if (
-            self._num_token_requests
+            not len(plan.sampling_rows) == len(rows) == len(running)
             or (self._admission.is_open and len(self._queue))
-            or len(plan.sampling_rows) != len(running)
-            or len(plan.rows) != len(running)
+            or self._num_token_requests
             or self._num_left_in_flight
             or not self._memory.can_repeat
-            or len(plan.copies) + len(plan.swaps_in) + len(plan.swaps_out)
-            or not len(plan.rows)
+            or not len(rows)
         ):
-            return 1
-        rows = plan.rows
-        table = self._memory.sequences
-        num_left = int((running.max_tokens[rows] - table.num_known[rows]).min())
-        return self._memory.num_affordable_steps(rows, num_left - 1) + 1
+            return 0
+        num_left = int((running.max_tokens[rows] - self._memory.sequences.num_known[rows]).min())
+        return self._memory.num_affordable_steps(rows, num_left - 1) if num_left > 1 else 0
 
-    def leap(self, plan: StepPlan, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:
-        """Update `plan` and take the `num_steps - 1` steps after it, which must be repeats of it, ending at `now`.
+    def leap(self, plan: StepPlan, num_ahead: int, now: float) -> tuple[StepEvents, Int64s]:
+        """Update `plan` and take the next `num_ahead` steps too, at most `num_steps_ahead(plan)`; the last ends at `now`.
 
-        Every block, name and event is what `num_steps` rounds of `schedule` and `update` would have given.
-        Returns the last step's events, and (num_steps,) int64: blocks in use during each step. O(running + blocks).
+        Every block, name and event is what single rounds of `schedule` and `update` would have given.
+        Returns the last step's events, and (num_ahead + 1,) int64: blocks in use during each step. O(running + blocks).
         """
-        num_used = self._memory.pool.num_used
         self._check_in_flight(plan)
+        num_used = self._memory.pool.num_used
         self._close_plan(plan)
-        num_new = self._memory.append_steps(plan.rows, num_steps - 1)
-        self._step += num_steps - 1
+        num_new = self._memory.append_steps(plan.rows, num_ahead)
+        self._step += num_ahead
         events = self._collect(plan, plan.rows, None, now)
-        return events, num_used + np.concatenate(([0], np.cumsum(num_new)))
+        used = np.empty(num_ahead + 1, np.int64)
+        used[0] = num_used
+        np.cumsum(num_new, out=used[1:])
+        used[1:] += num_used
+        return events, used
 
     # Looking
 
@@ -270,26 +282,29 @@ class Scheduler:
             if not len(rows):
                 return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES, swaps_out
             starts = table.num_computed[rows]
-            num_tokens = self._share_budget(table.num_known[rows] - starts)
-            if not num_tokens.all():
-                rows, starts, num_tokens = rows[num_tokens > 0], starts[num_tokens > 0], num_tokens[num_tokens > 0]
-            copies = self._memory.try_append(rows, num_tokens)
+            num_tokens = table.num_known[rows] - starts
+            if int(np.add.reduce(num_tokens)) == len(rows):
+                copies = self._memory.try_append_single(rows, starts)
+            else:
+                rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
+                copies = self._memory.try_append(rows, num_tokens)
             if copies is not None:
                 return rows.copy(), starts, num_tokens, copies, swaps_out
             swaps_out += self._preempt(int(self._memory.num_blocks_to_append(rows, num_tokens).sum()), now)
 
-    def _share_budget(self, wanted: Int64s) -> Int64s:
+    def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
         """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
-        if int(wanted.sum()) == len(wanted):
-            return wanted
         # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
         self._admission.is_open = True
         cap = self.config.long_prefill_tokens
         if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
             wanted = np.minimum(wanted, cap)
-        before = np.cumsum(wanted) - wanted
-        shared: Int64s = np.clip(self.config.max_num_batched_tokens - before, 0, wanted)
-        return shared
+        before = wanted.cumsum() - wanted
+        shared = (self.config.max_num_batched_tokens - before).clip(0, wanted)
+        if shared.all():
+            return rows, starts, shared
+        gets_some = shared > 0
+        return rows[gets_some], starts[gets_some], shared[gets_some]
 
     def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> Grants:
         table = self._memory.sequences
@@ -316,6 +331,13 @@ class Scheduler:
                     sampling_rows = np.concatenate((sampling_rows, siblings))
                     sources = np.concatenate((sources, np.full(len(siblings), source)))
         return sampling_rows, sources
+
+    def _admitted_seats(self) -> tuple[Seat, ...]:
+        """Rows that begin or come back in this step."""
+        if not self._grants.rows and not self._forked:
+            return ()
+        samples = [self._running.samples[row] for row in self._grants.rows] + [sibling for _, sibling in self._forked]
+        return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in samples)
 
     def _expect_forks(self, grants: Grants) -> None:
         for row in grants.rows:
@@ -367,17 +389,17 @@ class Scheduler:
         if self._sink is not None:
             self._sink.emit(
                 Preempted(
-                    now,
-                    self._step,
-                    sample.request.request_id,
-                    sample.sample_idx,
-                    mode.value,
-                    num_computed,
-                    num_used,
-                    memory.pool.num_used,
-                    num_needed,
-                    "running requests need blocks",
-                )  # fmt: skip
+                    time=now,
+                    step=self._step,
+                    request_id=sample.request.request_id,
+                    sample_idx=sample.sample_idx,
+                    mode=mode.value,
+                    num_computed_tokens=num_computed,
+                    num_used_before=num_used,
+                    num_used_after=memory.pool.num_used,
+                    num_needed_blocks=num_needed,
+                    reason="running requests need blocks",
+                )
             )
         return NO_COPIES if copies is None else copies
 

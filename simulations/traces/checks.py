@@ -104,7 +104,7 @@ def _find_in_content(trace: Trace) -> Problem | None:
     # `start > last - count + 1` rather than `start + count > …`, which could overflow.
     run = _first((starts < 0) | (counts < 1) | (counts > limits.MAX_TOKENS) | (starts > last_id - counts + 1))
     if run is not None:
-        found = f"{counts[run]} from {starts[run]}"
+        found = f"a run of {counts[run]} from {starts[run]}"
         return Problem(_request_of(run, offsets), f"runs of 1 or more content ids of 0 to {last_id}", found)
     num_ids, prompts = trace.num_content_ids(), trace.prompt_tokens
     is_good = (num_ids == 0) | (num_ids == prompts // block_size) | (num_ids == -(-prompts // block_size))
@@ -116,7 +116,7 @@ def _find_in_content(trace: Trace) -> Problem | None:
         return Problem(request, expected, str(num_ids[request]))
     run = find_prefix_conflict(starts, counts, offsets)
     if run is not None:
-        found = f"{starts[run]} after different ones"
+        found = f"id {starts[run]} after different ones"
         return Problem(_request_of(run, offsets), "prefix ids (each id always after the same ids)", found)
     return None
 

@@ -103,5 +103,5 @@ def _parse(source: TraceSource, first_line: int, lines: list[str]) -> list[list[
         try:
             next(csv.reader([line], strict=True))
         except csv.Error as error:
-            raise source.error(first_line + row, "a CSV record on one line", str(error)) from None
+            raise source.error(first_line + row, "a CSV record on one line", str(error).partition(" - ")[0]) from None
     raise source.error(first_line, "CSV records, one on each line", f"{len(rows)} records on {len(lines)} lines")

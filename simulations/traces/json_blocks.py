@@ -78,6 +78,8 @@ def _describe(message: str) -> tuple[str, str]:
         return f"{expected}{where}", found
     if problem.startswith("Object missing required field "):
         return f"a key {problem.removeprefix('Object missing required field ')}{where}", "none"
+    if problem.startswith("Expected "):
+        return f"{problem.removeprefix('Expected ')}{where}", "something else"
     return f"a valid value{where}", problem.lower()
 
 

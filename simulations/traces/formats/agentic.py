@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.simulations.traces import limits
 from pagedkv.simulations.traces.checks import excerpt
@@ -57,6 +58,7 @@ def read_trace(source: TraceSource, *, session_gap_s: float) -> Trace:
     block_size: int | None = None
     next_id = 0
     lines: list[int] = []
+    sessions: list[int] = []
     arrivals: list[float] = []
     for block in read_json(source, _Session):
         for line, session in enumerate(block.rows, start=block.first_line):
@@ -71,15 +73,28 @@ def read_trace(source: TraceSource, *, session_gap_s: float) -> Trace:
             first_id = next_id if session.hash_id_scope == "local" else 0
             end = _add_session(builder, line, timed, block_size, first_id)
             next_id = max(next_id, end)
-            builder.add_clients(np.full(len(timed), names[session.id], dtype=np.int64))
+            sessions += [names[session.id]] * len(timed)
     order = np.argsort(to_float64(arrivals), kind="stable")
+    client_names = _add_clients(builder, np.array(sessions, dtype=np.int64), order, tuple(names))
     return builder.build(
         "agentic",
         line_of=lines.__getitem__,
         content_block_size=block_size,
-        client_names=tuple(names),
+        client_names=client_names,
         order=order,
     )
+
+
+def _add_clients(
+    builder: ColumnBuilder, sessions: npt.NDArray[np.int64], order: npt.NDArray[np.int64], names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Number the sessions that have requests by their first arrival; return their names in that order."""
+    present, first_arrivals = np.unique(sessions[order], return_index=True)
+    by_arrival = present[np.argsort(first_arrivals)]
+    number = np.empty(len(names), dtype=np.int64)
+    number[by_arrival] = np.arange(len(by_arrival))
+    builder.add_clients(number[sessions])
+    return tuple(names[session] for session in by_arrival)
 
 
 def _flatten(source: TraceSource, line: int, session: _Session) -> Iterator[tuple[float, _Request]]:

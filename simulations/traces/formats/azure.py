@@ -71,5 +71,8 @@ def _is_date(text: str) -> bool:
 def _seconds_since(
     origin: tuple[np.int64, np.int64], seconds: npt.NDArray[np.int64], nanoseconds: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    # Whole seconds are subtracted as integers: as float64, a date of today has a resolution of 0.2 µs only.
-    return (seconds - origin[0]).astype(np.float64) + (nanoseconds - origin[1]) / 1e9
+    # In whole nanoseconds, so that a trace has the same arrivals whatever its date; beyond the bound they would overflow.
+    too_far = 2 * int(limits.MAX_ARRIVAL_S)
+    elapsed_s = np.clip(seconds - origin[0], -too_far, too_far)
+    elapsed_ns: npt.NDArray[np.int64] = elapsed_s * 10**9 + (nanoseconds - origin[1])
+    return elapsed_ns.astype(np.float64) / 1e9
