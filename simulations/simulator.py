@@ -126,7 +126,8 @@ class Simulator:
             return self._leap(plan, load, start, duration, num_ahead)
         end = start + duration
         num_used = scheduler.manager.memory.pool.num_used
-        self.steps.append((start, end - start, load[0], scheduler.num_waiting, load[1], num_used))
+        num_tokens = int(load.num_tokens)
+        self.steps.append((start, end - start, len(plan.rows), scheduler.num_waiting, num_tokens, num_used))
         self._add_arrivals(end)
         events = scheduler.update(plan, None, end)
         self._note_tokens(plan, end)
@@ -135,7 +136,10 @@ class Simulator:
 
     def _leap(self, plan: StepPlan, load: StepLoad, start: float, duration: float, num_ahead: int) -> float:
         """Take the step and as many of those ahead as begin before the next arrival; returns the time at their end."""
-        num_rows = load.num_rows
+        num_rows, num_tokens = len(plan.rows), int(load.num_tokens)
+        next_arrival = self._arrivals[self._num_arrived]
+        if duration and (next_arrival - start) / duration < num_ahead:
+            num_ahead = int((next_arrival - start) / duration) + 1  # Contexts grow, so steps do not get shorter.
         num_context = load.num_context_tokens + num_rows * np.arange(1, num_ahead + 1)
         ahead = StepLoad(num_rows, num_rows, num_rows, num_context, num_context)
         times = np.empty(num_ahead + 2)
@@ -143,14 +147,14 @@ class Simulator:
         times[1] = duration
         times[2:] = self._cost_model.step_time(ahead)
         np.cumsum(times, out=times)
-        num_steps = min(num_ahead + 1, int(times[1:].searchsorted(self._arrivals[self._num_arrived])) + 1)
+        num_steps = min(num_ahead + 1, int(times[1:].searchsorted(next_arrival)) + 1)
         times = times[: num_steps + 1]
         end = float(times[-1])
         num_waiting = self._scheduler.num_waiting
         self._add_arrivals(end)
         events, used_blocks = self._scheduler.leap(plan, num_steps - 1, end)
-        gaps = np.diff(times)
-        self.steps.append((start, float(gaps[0]), num_rows, num_waiting, load.num_tokens, int(used_blocks[0])))
+        gaps = times[1:] - times[:-1]
+        self.steps.append((start, float(gaps[0]), num_rows, num_waiting, num_tokens, int(used_blocks[0])))
         self.steps.append_many(times[1:-1], gaps[1:], used_blocks[1:], num_rows=num_rows, num_waiting=num_waiting)
         self._note_tokens(plan, float(times[1]))
         self.gaps.add_steps(gaps[1:], num_rows)

@@ -1,0 +1,665 @@
+"""A model of the memory in plain Python, and a Hypothesis machine that drives it beside KVCacheManager.
+
+The model shares no code with what it checks: blocks are ints in lists, a block's name is the pair of its namespace and
+all tokens of its prefix, and the longest hit is found by scanning. It predicts which blocks go out, in which order,
+which are evicted, which are copied, and what succeeds at exactly full capacity.
+
+Beside it stands a *content shadow*: storage as a dict from slot to what was written there, which carries out the plans
+as storage would (swaps out, copies, swaps in, writes) and is read back through the manager's own block tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pagedkv import (
+    BlockStateError,
+    CacheConfig,
+    DuplicateIdError,
+    InvalidArgumentError,
+    KVCacheManager,
+    OutOfBlocksError,
+    UnknownIdError,
+)
+
+MAX_SEQUENCES = 6
+MAX_PINS = 3
+NAMESPACES = ((b"", None), (b"x", None), (b"", "x"))
+
+
+def digest(manager: KVCacheManager) -> dict[str, object]:
+    """All that the manager knows, as plain values."""
+    memory, table = manager.memory, manager.memory.sequences
+    state: dict[str, object] = {}
+    for name, pool in (("device", memory.pool), ("host", memory.host_pool)):
+        ids = np.arange(pool.num_blocks, dtype=np.int32)
+        state[f"{name} counts"] = pool.counts(ids).tolist()
+        state[f"{name} named"] = pool.is_named(ids).tolist()
+        state[f"{name} order"] = pool.order()
+    state["keys"] = [memory.cache.key_of(block_id) for block_id in range(memory.pool.num_blocks)]
+    state["num_keys"] = len(memory.cache)
+    state["host_blocks"] = {row: blocks.tolist() for row, blocks in memory.host_blocks.items()}
+    state["counters"] = dataclasses.asdict(memory.counters)
+    state["num_sequences"] = len(manager)
+    state["can_repeat"] = memory.can_repeat
+    rows = {}
+    for row in np.flatnonzero(table.is_live).tolist():
+        num_known = int(table.num_known[row])
+        content = table.contents[row]
+        tokens = None
+        if hasattr(content, "token_ids"):
+            tokens = memory.token_ids(np.array([row]), np.array([0]), np.array([num_known])).tolist()
+        rows[row] = (
+            num_known,
+            int(table.num_computed[row]),
+            int(table.num_named[row]),
+            bool(table.has_shared_tail[row]),
+            table.blocks(row).tolist(),
+            list(content.keys(num_known // memory.block_size))[: num_known // memory.block_size],
+            tokens,
+        )
+    state["rows"] = rows
+    return state
+
+
+def expect(what: str, actual: object, expected: object) -> None:
+    """Raise AssertionError unless both are equal. A function, so that `-O` and a missing rewrite change nothing."""
+    if actual != expected:
+        raise AssertionError(f"{what}: expected {expected}, found {actual}")
+
+
+@dataclasses.dataclass
+class ModelSequence:
+    namespace: tuple[bytes, str | None]
+    tokens: list[int]
+    blocks: list[int]
+    num_computed: int
+    num_named: int
+    host_blocks: list[int] | None = None
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    def name(self, num_tokens: int) -> tuple[object, ...]:
+        """Identity of token `num_tokens - 1` together with all before it."""
+        return (self.namespace, tuple(self.tokens[:num_tokens]))
+
+
+class MemoryModel:
+    """What the manager promises, in the plainest words."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_free_host = num_host_blocks
+        self.prefix_caching = prefix_caching
+        self.free = list(range(num_blocks))[::-1]  # The last one goes out next.
+        self.evictable: list[int] = []  # The first one goes out next.
+        self.num_holders = [0] * num_blocks
+        self.block_of: dict[object, int] = {}
+        self.name_of: dict[int, object] = {}
+        self.sequences: dict[object, ModelSequence] = {}
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return (num_tokens + self.block_size - 1) // self.block_size
+
+    def num_available(self) -> int:
+        return len(self.free) + len(self.evictable)
+
+    def take(self, num_blocks: int) -> list[int]:
+        taken = []
+        for _ in range(num_blocks):
+            if self.free:
+                block = self.free.pop()
+            else:
+                block = self.evictable.pop(0)
+                del self.block_of[self.name_of.pop(block)]
+            self.num_holders[block] = 1
+            taken.append(block)
+        return taken
+
+    def hold(self, blocks: list[int]) -> None:
+        for block in blocks:
+            if self.num_holders[block] == 0:
+                self.evictable.remove(block)
+            self.num_holders[block] += 1
+
+    def let_go(self, blocks: list[int]) -> None:
+        """From the end of the sequence to its start."""
+        for block in reversed(blocks):
+            self.num_holders[block] -= 1
+            if self.num_holders[block] == 0:
+                (self.evictable if block in self.name_of else self.free).append(block)
+
+    def resident(self, sequence: ModelSequence, num_blocks: int) -> list[int]:
+        blocks: list[int] = []
+        while self.prefix_caching and len(blocks) < num_blocks:
+            name = sequence.name((len(blocks) + 1) * self.block_size)
+            if name not in self.block_of:
+                break
+            blocks.append(self.block_of[name])
+        return blocks
+
+    def look_up(self, namespace: tuple[bytes, str | None], tokens: list[int]) -> ModelSequence:
+        sequence = ModelSequence(namespace, list(tokens), [], 0, 0)
+        sequence.blocks = self.resident(sequence, (len(tokens) - 1) // self.block_size)
+        self.hold(sequence.blocks)
+        sequence.num_named = len(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self.block_size
+        return sequence
+
+    def is_tail_shared(self, sequence: ModelSequence) -> bool:
+        if sequence.num_computed % self.block_size == 0:
+            return False
+        tail = sequence.blocks[-1]
+        return self.num_holders[tail] > 1 or tail in self.name_of
+
+    def append(self, batch: list[tuple[ModelSequence, int]]) -> list[tuple[int, int]] | None:
+        """Give the next tokens of each sequence slots: the copies on write first, then growth. None if blocks lack."""
+        copying, num_left = [], {}
+        for sequence, num_tokens in batch:
+            if num_tokens and self.is_tail_shared(sequence):
+                tail = sequence.blocks[-1]
+                num_left.setdefault(tail, self.num_holders[tail])
+                if num_left[tail] > 1 or tail in self.name_of:
+                    num_left[tail] -= 1
+                    copying.append(sequence)
+        growth = [self.num_blocks_for(seq.num_computed + num) - len(seq.blocks) for seq, num in batch]
+        if len(copying) + sum(growth) > self.num_available():
+            return None
+        taken = self.take(len(copying) + sum(growth))
+        copies = []
+        for sequence in copying:
+            source, target = sequence.blocks[-1], taken.pop(0)
+            sequence.blocks[-1] = target
+            self.let_go([source])
+            copies.append((source, target))
+        for (sequence, num_tokens), num_new in zip(batch, growth, strict=True):
+            sequence.blocks += taken[:num_new]
+            del taken[:num_new]
+            self.compute(sequence, num_tokens)
+        return copies
+
+    def compute(self, sequence: ModelSequence, num_tokens: int) -> None:
+        first, sequence.num_computed = sequence.num_computed // self.block_size, sequence.num_computed + num_tokens
+        self.name_from(sequence, first)
+
+    def name_from(self, sequence: ModelSequence, first: int) -> None:
+        """Name the full blocks from `first` on, while the sequence's own chain is the named one."""
+        for idx in range(first, sequence.num_computed // self.block_size):
+            name = sequence.name((idx + 1) * self.block_size)
+            if not self.prefix_caching or sequence.num_named != idx or name in self.block_of:
+                return
+            self.block_of[name] = sequence.blocks[idx]
+            self.name_of[sequence.blocks[idx]] = name
+            sequence.num_named = idx + 1
+
+    def fork(self, sequence: ModelSequence) -> ModelSequence:
+        self.hold(sequence.blocks)
+        return dataclasses.replace(sequence, tokens=list(sequence.tokens), blocks=list(sequence.blocks))
+
+    def truncate(self, sequence: ModelSequence, num_tokens: int) -> None:
+        del sequence.tokens[num_tokens:]
+        if num_tokens < sequence.num_computed:
+            num_kept = self.num_blocks_for(num_tokens)
+            self.let_go(sequence.blocks[num_kept:])
+            del sequence.blocks[num_kept:]
+            sequence.num_computed = num_tokens
+            sequence.num_named = min(sequence.num_named, num_tokens // self.block_size)
+
+    def swap_out(self, sequence: ModelSequence, host_blocks: list[int]) -> None:
+        self.num_free_host -= len(host_blocks)
+        self.let_go(sequence.blocks)
+        sequence.blocks, sequence.num_named, sequence.host_blocks = [], 0, host_blocks
+
+    def swap_in(self, sequence: ModelSequence) -> list[tuple[int, int]] | None:
+        assert sequence.host_blocks is not None
+        hits = self.resident(sequence, sequence.num_computed // self.block_size)
+        num_new = len(sequence.host_blocks) - len(hits)
+        if num_new + sum(self.num_holders[block] == 0 for block in hits) > self.num_available():
+            return None
+        self.hold(hits)
+        taken = self.take(num_new)
+        copies = list(zip(sequence.host_blocks[len(hits) :], taken, strict=True))
+        self.num_free_host += len(sequence.host_blocks)
+        sequence.blocks, sequence.num_named, sequence.host_blocks = hits + taken, len(hits), None
+        self.name_from(sequence, len(hits))
+        return copies
+
+    def close(self, sequence_id: object) -> None:
+        sequence = self.sequences.pop(sequence_id)
+        self.let_go(sequence.blocks)
+        if sequence.host_blocks is not None:
+            self.num_free_host += len(sequence.host_blocks)
+
+
+small = st.integers(0, 5)
+tokens_below_two = st.integers(0, 1)
+namespace_idx = st.sampled_from((0, 0, 0, 1, 2))
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Rules draw small numbers and reduce them to what exists, so that nearly every step does something."""
+
+    @initialize(
+        num_blocks=st.integers(1, 10),
+        block_size=st.integers(1, 4),
+        num_host_blocks=st.integers(0, 6),
+        prefix_caching=st.sampled_from((True, True, True, True, False)),
+    )
+    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool) -> None:
+        self.manager = KVCacheManager(CacheConfig(num_blocks, block_size, num_host_blocks, prefix_caching))
+        self.model = MemoryModel(num_blocks, block_size, num_host_blocks, prefix_caching)
+        self.block_size = block_size
+        self.num_host_blocks = num_host_blocks
+        self.device: dict[int, object] = {}
+        self.host: dict[int, object] = {}
+        self.pins: list[tuple[object, ModelSequence]] = []
+        self.prompts: list[tuple[int, list[int]]] = []
+        self.num_queries = self.queried_tokens = self.hit_tokens = 0
+
+    # Opening, pinning, closing
+
+    @rule(id_=small, namespace=namespace_idx, stem=tokens_below_two, cut=st.integers(0, 8), length=st.integers(1, 17))
+    def open(self, id_: int, namespace: int, stem: int, cut: int, length: int) -> None:
+        self.open_prompt(id_, namespace, ([stem] * cut + [1 - stem] * 17)[:length])
+
+    @precondition(lambda self: self.prompts)
+    @rule(id_=small, pick=small, more=st.lists(tokens_below_two, max_size=2))
+    def reopen(self, id_: int, pick: int, more: list[int]) -> None:
+        namespace, tokens = self.prompts[pick % len(self.prompts)]
+        self.open_prompt(id_, namespace, tokens + more)
+
+    @precondition(lambda self: self.prompts)
+    @rule(pick=small, shift=st.integers(1, 2), first=small, second=small)
+    def open_under_two_namespaces(self, pick: int, shift: int, first: int, second: int) -> None:
+        namespace, tokens = self.prompts[pick % len(self.prompts)]
+        for id_, other in ((first, namespace), (second, (namespace + shift) % 3)):
+            self.open_prompt(id_, other, tokens)
+            if id_ in self.model.sequences and self.model.sequences[id_].host_blocks is None:
+                self.append_tokens(id_, self.model.sequences[id_].num_pending)
+
+    @precondition(lambda self: self.prompts and len(self.pins) < MAX_PINS)
+    @rule(pick=small, namespace=namespace_idx, more=st.lists(tokens_below_two, max_size=2))
+    def pin(self, pick: int, namespace: int, more: list[int]) -> None:
+        own_namespace, tokens = self.prompts[pick % len(self.prompts)]
+        chosen = own_namespace if namespace == 0 else namespace
+        salt, adapter = NAMESPACES[chosen]
+        pinned = self.model.look_up(NAMESPACES[chosen], tokens + more)
+        hit = self.manager.lookup(tokens + more, salt=salt, adapter=adapter)
+        self.pins.append((hit, pinned))
+        expect("blocks pinned", hit.block_ids.tolist(), pinned.blocks)
+
+    @precondition(lambda self: self.pins)
+    @rule(pick=small, id_=small)
+    def open_pin(self, pick: int, id_: int) -> None:
+        hit, pinned = self.pins[pick % len(self.pins)]
+        if id_ in self.model.sequences:
+            self.refused(DuplicateIdError, lambda: self.manager.open(id_, hit))
+            return
+        self.pins.remove((hit, pinned))
+        expect("tokens hit", self.manager.open(id_, hit), pinned.num_computed)
+        self.admit(id_, pinned)
+        self.refused(BlockStateError, hit.drop)
+
+    @precondition(lambda self: self.pins)
+    @rule(pick=small)
+    def drop_pin(self, pick: int) -> None:
+        hit, pinned = self.pins.pop(pick % len(self.pins))
+        self.model.let_go(pinned.blocks)
+        hit.drop()
+        self.refused(BlockStateError, hit.drop)
+        self.refused(BlockStateError, lambda: self.manager.open("fresh", hit))
+
+    @precondition(lambda self: self.model.sequences)
+    @rule(pick=small)
+    def close(self, pick: int) -> None:
+        id_ = self.any_id(pick)
+        self.model.close(id_)
+        self.manager.close(id_)
+        self.refused(UnknownIdError, lambda: self.manager.close(id_))
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        is_idle = not any(self.model.num_holders)
+        if not is_idle:
+            self.unchanged(lambda: expect("reset", self.manager.reset_prefix_cache(), False))
+            return
+        expect("reset", self.manager.reset_prefix_cache(), True)
+        order = self.manager.memory.pool.order()
+        expect("blocks after a reset", sorted(order), list(range(self.model.num_blocks)))
+        # The order among blocks that were cached is nobody's business: take it as it is.
+        self.model.free, self.model.evictable = order[::-1], []
+        self.model.block_of.clear()
+        self.model.name_of.clear()
+
+    # Growing, sharing, shrinking
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small)
+    def append_all(self, pick: int) -> None:
+        id_ = self.device_id(pick)
+        self.append_tokens(id_, self.model.sequences[id_].num_pending)
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, num_tokens=st.integers(0, 6))
+    def append_some(self, pick: int, num_tokens: int) -> None:
+        id_ = self.device_id(pick)
+        if num_tokens > self.model.sequences[id_].num_pending:
+            self.refused(InvalidArgumentError, lambda: self.manager.try_append(id_, num_tokens))
+        else:
+            self.append_tokens(id_, num_tokens)
+
+    @precondition(lambda self: self.model.sequences)
+    @rule(pick=small, tokens=st.lists(tokens_below_two, max_size=5))
+    def extend(self, pick: int, tokens: list[int]) -> None:
+        self.extend_tokens(self.any_id(pick), tokens)
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, token=tokens_below_two)
+    def decode(self, pick: int, token: int) -> None:
+        id_ = self.device_id(pick)
+        self.extend_tokens(id_, [token])
+        self.append_tokens(id_, self.model.sequences[id_].num_pending)
+
+    @precondition(lambda self: self.on_device())
+    @rule(token=tokens_below_two, is_reversed=st.booleans())
+    def decode_batch(self, token: int, is_reversed: bool) -> None:
+        """One more token for every sequence on the device that is up to date, as a scheduler appends them."""
+        ids = [id_ for id_ in self.on_device() if self.model.sequences[id_].num_pending <= 1]
+        for id_ in ids:
+            if self.model.sequences[id_].num_pending == 0:
+                self.extend_tokens(id_, [token])
+        if is_reversed:
+            ids.reverse()
+        if ids:
+            self.append_batch(ids)
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, id_=small)
+    def fork(self, pick: int, id_: int) -> None:
+        self.fork_sequence(self.device_id(pick), id_)
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, id_=small, tokens=st.lists(tokens_below_two, min_size=2, max_size=2), in_batch=st.booleans())
+    def fork_and_write_both(self, pick: int, id_: int, tokens: list[int], in_batch: bool) -> None:
+        source = self.device_id(pick)
+        if not self.fork_sequence(source, id_):
+            return
+        both = (source, id_)
+        for one, token in zip(both, tokens, strict=True):
+            self.extend_tokens(one, [token])
+        if in_batch and self.model.sequences[source].num_pending == 1:
+            self.append_batch(list(both))
+        else:
+            for one in both:
+                self.append_tokens(one, self.model.sequences[one].num_pending)
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, num_dropped=st.integers(0, 9))
+    def truncate(self, pick: int, num_dropped: int) -> None:
+        id_ = self.device_id(pick)
+        self.truncate_sequence(id_, max(1, len(self.model.sequences[id_].tokens) - num_dropped))
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, num_dropped=st.integers(1, 3), tokens=st.lists(tokens_below_two, min_size=1, max_size=4))
+    def reject_and_decode(self, pick: int, num_dropped: int, tokens: list[int]) -> None:
+        id_ = self.device_id(pick)
+        self.truncate_sequence(id_, max(1, len(self.model.sequences[id_].tokens) - num_dropped))
+        self.extend_tokens(id_, tokens)
+        self.append_tokens(id_, self.model.sequences[id_].num_pending)
+
+    # Swapping
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small)
+    def swap_out(self, pick: int) -> None:
+        id_ = self.device_id(pick)
+        sequence = self.model.sequences[id_]
+        if len(sequence.blocks) > self.model.num_free_host:
+            self.refused(OutOfBlocksError, lambda: self.manager.swap_out(id_))
+            return
+        copies = self.manager.swap_out(id_)
+        targets = copies.targets.tolist()
+        taken = {block for other in self.model.sequences.values() for block in other.host_blocks or ()}
+        expect("swapped blocks", copies.sources.tolist(), sequence.blocks)
+        expect("distinct free host blocks", len(set(targets) - taken), len(sequence.blocks))
+        self.copy_blocks(copies, self.device, self.host)
+        self.model.swap_out(sequence, targets)
+
+    @precondition(lambda self: len(self.on_device()) < len(self.model.sequences))
+    @rule(pick=small)
+    def swap_in(self, pick: int) -> None:
+        swapped = [id_ for id_, sequence in self.model.sequences.items() if sequence.host_blocks is not None]
+        id_ = swapped[pick % len(swapped)]
+        for call in (
+            lambda: self.manager.append(id_, 0),
+            lambda: self.manager.truncate(id_, 1),
+            lambda: self.manager.fork(id_, "fresh"),
+            lambda: self.manager.swap_out(id_),
+        ):
+            self.refused(InvalidArgumentError, call)
+        expected = self.model.swap_in(self.model.sequences[id_])
+        if expected is None:
+            self.refused(OutOfBlocksError, lambda: self.manager.swap_in(id_))
+            return
+        copies = self.manager.swap_in(id_)
+        expect("blocks swapped in", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
+        self.copy_blocks(copies, self.host, self.device)
+
+    # The caller's mistakes
+
+    @rule(
+        bad_id=st.sampled_from((99, "unknown", (), None)),
+        verb=st.sampled_from(("append", "extend", "fork", "truncate", "swap_out", "swap_in", "close", "row")),
+    )
+    def name_an_unknown_sequence(self, bad_id: object, verb: str) -> None:
+        arguments = {"append": (1,), "extend": ([1],), "fork": ("fresh",), "truncate": (1,)}.get(verb, ())
+        self.refused(UnknownIdError, lambda: getattr(self.manager, verb)(bad_id, *arguments))
+
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, bad=st.sampled_from((-1, 2**63, 2**70, 1.0, float("nan"), True, None, "1")))
+    def give_a_bad_number(self, pick: int, bad: object) -> None:
+        id_ = self.device_id(pick)
+        self.refused(InvalidArgumentError, lambda: self.manager.append(id_, bad))
+        self.refused(InvalidArgumentError, lambda: self.manager.truncate(id_, bad))
+        self.refused(InvalidArgumentError, lambda: self.manager.truncate(id_, 0))
+        self.refused(InvalidArgumentError, lambda: self.manager.extend(id_, [bad]))
+        self.refused(InvalidArgumentError, lambda: self.manager.swap_in(id_))
+
+    @rule(bad=st.sampled_from(({"salt": bytes(65)}, {"salt": "x"}, {"adapter": b"x"}, {"extras": ("x",)})))
+    def open_with_a_bad_namespace(self, bad: dict[str, object]) -> None:
+        self.refused(InvalidArgumentError, lambda: self.manager.open("fresh", [1, 2, 3], **bad))
+
+    @rule(bad=st.sampled_from(([], [-1], [2**31], [0.5], [None], "", 7, None, [[1], [1, 2]], [[1, 2]])))
+    def open_with_a_bad_prompt(self, bad: object) -> None:
+        self.refused(InvalidArgumentError, lambda: self.manager.open("fresh", bad))
+
+    # What must hold after each step
+
+    @invariant()
+    def the_recount_agrees(self) -> None:
+        self.manager.check_invariants()
+
+    @invariant()
+    def the_model_agrees(self) -> None:
+        manager, model = self.manager, self.model
+        pool = manager.memory.pool
+        expect("blocks in the order in which they go out", pool.order(), model.free[::-1] + model.evictable)
+        ids = np.arange(model.num_blocks, dtype=np.int32)
+        expect("holders", pool.counts(ids).tolist(), model.num_holders)
+        expect("named blocks", np.flatnonzero(pool.is_named(ids)).tolist(), sorted(model.name_of))
+        expect("open sequences", len(manager), len(model.sequences))
+        for id_, sequence in model.sequences.items():
+            expect("block table", manager.block_table(id_).tolist(), sequence.blocks)
+            expect("tokens computed", manager.num_computed(id_), sequence.num_computed)
+        statistics = manager.statistics()
+        on_device = [sequence for sequence in model.sequences.values() if sequence.host_blocks is None]
+        expect(
+            "statistics",
+            (
+                statistics.num_used,
+                statistics.num_evictable,
+                statistics.num_free,
+                statistics.num_host_used,
+                statistics.num_slots,
+                statistics.num_tokens,
+                statistics.num_sequences,
+            ),
+            (
+                model.num_blocks - model.num_available(),
+                len(model.evictable),
+                len(model.free),
+                self.num_host_blocks - model.num_free_host,
+                sum(len(sequence.blocks) for sequence in on_device) * self.block_size,
+                sum(sequence.num_computed for sequence in on_device),
+                len(model.sequences),
+            ),
+        )
+        prefix = statistics.prefix
+        expect(
+            "lookups counted",
+            (prefix.num_queries, prefix.queried_tokens, prefix.hit_tokens),
+            (self.num_queries, self.queried_tokens, self.hit_tokens),
+        )
+
+    @invariant()
+    def every_sequence_reads_what_was_written_for_it(self) -> None:
+        size = self.block_size
+        for id_, sequence in self.model.sequences.items():
+            is_swapped = sequence.host_blocks is not None
+            storage = self.host if is_swapped else self.device
+            blocks = sequence.host_blocks if is_swapped else self.manager.block_table(id_).tolist()
+            for position in range(sequence.num_computed):
+                found = storage.get(blocks[position // size] * size + position % size)
+                if found != sequence.name(position + 1):
+                    raise AssertionError(f"sequence {id_} reads {found} at position {position} of {sequence}")
+
+    def teardown(self) -> None:
+        """Empty the memory: every block must be available again."""
+        if not hasattr(self, "manager"):
+            return
+        for hit, _ in self.pins:
+            hit.drop()
+        for id_ in list(self.model.sequences):
+            self.manager.close(id_)
+        statistics = self.manager.statistics()
+        self.manager.check_invariants()
+        left = (statistics.num_used, statistics.num_host_used, statistics.num_sequences)
+        expect("blocks and sequences left", left, (0, 0, 0))
+
+    # Both sides of one verb
+
+    def on_device(self) -> list[object]:
+        return [id_ for id_, sequence in self.model.sequences.items() if sequence.host_blocks is None]
+
+    def device_id(self, pick: int) -> object:
+        ids = self.on_device()
+        return ids[pick % len(ids)]
+
+    def any_id(self, pick: int) -> object:
+        return list(self.model.sequences)[pick % len(self.model.sequences)]
+
+    def open_prompt(self, id_: int, namespace: int, tokens: list[int]) -> None:
+        salt, adapter = NAMESPACES[namespace]
+        if id_ in self.model.sequences:
+            self.refused(DuplicateIdError, lambda: self.manager.open(id_, tokens, salt=salt, adapter=adapter))
+            return
+        sequence = self.model.look_up(NAMESPACES[namespace], tokens)
+        num_hit = self.manager.open(id_, tokens, salt=salt, adapter=adapter)
+        expect("tokens hit", num_hit, sequence.num_computed)
+        self.admit(id_, sequence)
+        if (namespace, tokens) not in self.prompts:
+            self.prompts = [*self.prompts[-4:], (namespace, tokens)]
+
+    def admit(self, id_: int, sequence: ModelSequence) -> None:
+        self.model.sequences[id_] = sequence
+        self.num_queries += 1
+        self.queried_tokens += len(sequence.tokens)
+        self.hit_tokens += sequence.num_computed
+
+    def extend_tokens(self, id_: object, tokens: list[int]) -> None:
+        self.model.sequences[id_].tokens += tokens
+        self.manager.extend(id_, tokens)
+
+    def append_tokens(self, id_: object, num_tokens: int) -> None:
+        sequence = self.model.sequences[id_]
+        start = sequence.num_computed
+        num_available = self.model.num_available()
+        expected = self.model.append([(sequence, num_tokens)])
+        if expected is None:
+            self.unchanged(lambda: expect("try_append", self.manager.try_append(id_, num_tokens), None))
+            error = self.refused(OutOfBlocksError, lambda: self.manager.append(id_, num_tokens))
+            expect("blocks that can be had", error.num_free, num_available)
+            expect("more were requested", error.num_requested > num_available, True)
+            return
+        appended = self.manager.append(id_, num_tokens)
+        copies = appended.copies
+        expect("copies on write", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
+        self.copy_blocks(copies, self.device, self.device)
+        self.write(sequence, start, appended.slots.tolist())
+
+    def append_batch(self, ids: list[object]) -> None:
+        memory = self.manager.memory
+        sequences = [self.model.sequences[id_] for id_ in ids]
+        starts = [sequence.num_computed for sequence in sequences]
+        rows = np.array([self.manager.row(id_) for id_ in ids])
+        expected = self.model.append([(sequence, 1) for sequence in sequences])
+        if expected is None:
+            ones = np.ones(len(ids), np.int64)
+            self.unchanged(lambda: expect("try_append of rows", memory.try_append(rows, ones), None))
+            return
+        copies = memory.try_append(rows, np.ones(len(ids), np.int64))
+        if copies is None:
+            raise AssertionError("try_append of rows found too few blocks")
+        expect("copies on write", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
+        self.copy_blocks(copies, self.device, self.device)
+        slots = memory.sequences.slots(rows, np.array(starts)).tolist()
+        for sequence, start, slot in zip(sequences, starts, slots, strict=True):
+            self.write(sequence, start, [slot])
+
+    def fork_sequence(self, source: object, id_: int) -> bool:
+        if id_ in self.model.sequences:
+            self.refused(DuplicateIdError, lambda: self.manager.fork(source, id_))
+            return False
+        self.model.sequences[id_] = self.model.fork(self.model.sequences[source])
+        self.manager.fork(source, id_)
+        return True
+
+    def truncate_sequence(self, id_: object, num_tokens: int) -> None:
+        sequence = self.model.sequences[id_]
+        self.refused(InvalidArgumentError, lambda: self.manager.truncate(id_, len(sequence.tokens) + 1))
+        self.model.truncate(sequence, num_tokens)
+        self.manager.truncate(id_, num_tokens)
+
+    def write(self, sequence: ModelSequence, start: int, slots: list[int]) -> None:
+        expect("tokens with slots", start + len(slots), sequence.num_computed)
+        for position, slot in enumerate(slots, start):
+            self.device[slot] = sequence.name(position + 1)
+
+    def copy_blocks(self, copies: object, source: dict[int, object], target: dict[int, object]) -> None:
+        for from_block, to_block in zip(copies.sources.tolist(), copies.targets.tolist(), strict=True):
+            for offset in range(self.block_size):
+                target[to_block * self.block_size + offset] = source.get(from_block * self.block_size + offset)
+
+    def unchanged(self, call: Callable[[], object]) -> None:
+        before = digest(self.manager)
+        call()
+        expect("state after nothing should have changed", digest(self.manager), before)
+
+    def refused(self, kind: type[Exception], call: Callable[[], object]) -> Exception:
+        """Carry out a call that must raise exactly `kind` and leave everything as it was; returns the error."""
+        before = digest(self.manager)
+        try:
+            call()
+        except kind as error:
+            expect("type of the error", type(error), kind)
+            expect(f"state after {kind.__name__}", digest(self.manager), before)
+            return error
+        raise AssertionError(f"{kind.__name__} expected, nothing raised")
