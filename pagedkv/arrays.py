@@ -45,7 +45,11 @@ def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
 
 def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
     """Return token ids as a (n,) int32 array. Raises InvalidArgumentError unless all are whole, 0..2^31-1. O(n)."""
-    array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    try:
+        array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    except (TypeError, ValueError) as error:
+        found = type(values).__name__
+        raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {found}: {error}") from None
     if array.size == 0:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":

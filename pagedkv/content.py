@@ -58,6 +58,8 @@ class SimulatedPrompt:
         if self.content_block_size % block_size == 0:
             parts = self.content_block_size // block_size
             block_idx = np.arange(min(num_full, len(ids) * parts))
+            if int(ids.max()) >= MAX_CONTENT_ID // parts:
+                ids = ids.astype(object)  # Python integers, which do not wrap.
             keys = ids[block_idx // parts] * parts + block_idx % parts
         elif block_size % self.content_block_size == 0:
             # An id names its whole prefix, so the last id inside a larger block names that block.

@@ -3,8 +3,9 @@
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.events import Event, EventLog, EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority, QueuePolicy, VictimPolicy
-from pagedkv.scheduler.plan import Output, StepEvents, StepPlan
+from pagedkv.scheduler.plan import Output, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
+from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
 from pagedkv.scheduler.request import FinishReason, Request
 from pagedkv.scheduler.scheduler import RequestTooLargeError, Scheduler
 
@@ -23,12 +24,16 @@ __all__ = [
     "Priority",
     "QueuePolicy",
     "Recompute",
+    "Recorder",
+    "RecordingError",
     "Request",
     "RequestTooLargeError",
     "Scheduler",
     "SchedulerConfig",
+    "Seat",
     "StepEvents",
     "StepPlan",
     "Swap",
     "VictimPolicy",
+    "replay_recording",
 ]

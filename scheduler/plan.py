@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.arrays import Int32s, Int64s, Rows
-from pagedkv.errors import StalePlanError
+from pagedkv.errors import InvalidArgumentError, StalePlanError
 from pagedkv.plans import BlockCopies
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler.sample import Sample
@@ -118,6 +119,12 @@ class StepPlan:
         if inputs.token_ids is None:
             inputs.token_ids = inputs.require_fresh().token_ids(self.rows, self.starts, self.num_tokens)
         return inputs.token_ids
+
+    def make_inputs(self) -> None:
+        """Make the packed arrays now, before a row that they read is let go of. O(tokens)."""
+        _ = self.slot_mapping
+        with suppress(InvalidArgumentError):  # Simulated prompts have no token ids.
+            _ = self.token_ids
 
     @property
     def _is_decode(self) -> bool:

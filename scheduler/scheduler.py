@@ -60,9 +60,9 @@ class Scheduler:
         self.config = config
         self.manager = manager
         self._memory = manager.memory
-        self._policy = FCFS() if policy is None else policy
-        self._victim = LatestArrival() if victim is None else victim
-        self._preemption = Recompute() if preemption is None else preemption
+        self.policy = FCFS() if policy is None else policy
+        self.victim = LatestArrival() if victim is None else victim
+        self.preemption = Recompute() if preemption is None else preemption
         self._sink = sink
         self._queue = WaitingQueue()
         self._running = RunningRows()
@@ -95,7 +95,7 @@ class Scheduler:
         )
         self._refuse_if_too_large(request, num_prompt, now)
         self._num_added += 1
-        sample = Sample(request, content, num_prompt, rank=self._policy.rank(request, now), serial=self._num_added)
+        sample = Sample(request, content, num_prompt, rank=self.policy.rank(request, now), serial=self._num_added)
         self._live[request_id] = [sample]
         self._queue.push(sample)
         self._admission.is_open = True
@@ -111,6 +111,8 @@ class Scheduler:
         for sample in samples:
             state = sample.state
             if state is SampleState.RUNNING:
+                if self._in_flight is not None:
+                    self._in_flight.make_inputs()
                 self._leave(sample)
                 self._num_left_in_flight += 1
             else:
@@ -360,6 +362,7 @@ class Scheduler:
             self._forked.append((sample.row, sibling))
             rows.append(row)
         self._admission.num_reserved_seats -= sample.num_samples - 1
+        sample.num_samples = 1
         return np.array(rows, np.int64)
 
     # How samples lose their seats
@@ -370,10 +373,10 @@ class Scheduler:
         rows = running.rows
         unprotected = rows[memory.sequences.num_known[rows] >= running.protected_until[rows]]
         candidates = unprotected if len(unprotected) else rows
-        row = int(candidates[self._victim.choose(running.ranks[candidates], running.serials[candidates])])
+        row = int(candidates[self.victim.choose(running.ranks[candidates], running.serials[candidates])])
         sample: Sample = running.samples[row]
         num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
-        mode = self._preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
+        mode = self.preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
         copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
         sample.num_known = int(memory.sequences.num_known[row])
         sample.num_preemptions += 1
@@ -475,6 +478,7 @@ class Scheduler:
         first: Sample | None = self._running.samples[row]
         if first is not None and row not in self._unforked:
             self._unforked[row] = first
+            first.num_samples = first.request.n
             self._admission.num_reserved_seats += first.num_samples - 1
 
     def _num_written(self, row: int, num_valid: int, unwritten: NDArray[np.int32], copied: set[int]) -> int:

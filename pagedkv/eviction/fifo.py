@@ -17,8 +17,8 @@ __all__ = ["FIFO"]
 class FIFO(LeafFirst):
     """Evict the evictable leaf that was named first.
 
-    A parent is named before whatever continues it, so once a leaf is the first to go, its whole branch goes, tail to
-    head, up to a block that is held or has another branch. O(log n) amortised for each block.
+    A parent is named before whatever continues it. So once a leaf is the first to go, its whole branch goes, tail to
+    head, up to a block that is held or has another branch: O(1) for each of them, and O(log n) amortised for the leaf.
     """
 
     __slots__ = ("_leaves",)
@@ -32,13 +32,20 @@ class FIFO(LeafFirst):
     def on_hit(self, block_ids: BlockIds) -> None:
         """Nothing to do: hits do not count."""
 
-    def check_invariants(self) -> None:
-        """Recount the tree, and find every evictable leaf in the queue. Raises InvariantViolation. O(num_blocks)."""
-        self._check_order()
-        self._leaves.check_invariants()
-        leaves = self._tree.leaves()
-        if not np.array_equal(self._leaves.number_of(leaves), self._numbers[leaves]):
-            raise InvariantViolation("I2", "an evictable leaf is missing from the FIFO queue")
+    def evict(self, num_blocks: int) -> BlockIds:
+        """Take out `num_blocks` victims, branch by branch. O(1) amortised for each, and O(log n) for each branch."""
+        victims: list[int] = []
+        evict_leaf = self._tree.evict
+        # The parent that became a leaf was named before its child, and the child before all other leaves.
+        block_id: int | None = None
+        for _ in range(num_blocks):
+            if block_id is None:
+                block_id = self._next_victim()
+            victims.append(block_id)
+            block_id = evict_leaf(block_id)
+        if block_id is not None:
+            self._offer(block_id)
+        return np.array(victims, np.int32)
 
     def _offer(self, block_id: int) -> None:
         self._leaves.push(block_id, self._view_numbers[block_id])
@@ -46,7 +53,7 @@ class FIFO(LeafFirst):
     def _next_victim(self) -> int:
         block_id = self._leaves.pop()
         if block_id is None:
-            raise InvariantViolation("I7", "no evictable leaf is left for FIFO")
+            raise self._no_leaf()
         return block_id
 
     def _discard(self, block_ids: BlockIds) -> None:
@@ -57,3 +64,9 @@ class FIFO(LeafFirst):
         self._copy_order_to(other)
         other._leaves = self._leaves.copy(other._tree)
         return other
+
+    def _check_tables(self) -> None:
+        self._leaves.check_invariants()
+        leaves = self._tree.leaves()
+        if not np.array_equal(self._leaves.numbers(leaves), self._numbers[leaves]):
+            raise InvariantViolation("I2", "an evictable leaf is missing from the FIFO queue")

@@ -20,11 +20,12 @@ class LeafHeap:
 
     A block that stops being an evictable leaf, because it was hit, keeps its entry: it will mostly be let go again
     with the same number, which then costs nothing. Whatever surfaces without being an evictable leaf is dropped. So a
-    block has at most one live entry; entries that `discard` made void are squeezed out when they outnumber the
-    blocks, which as many pushes have paid for. O(log n) amortised for each leaf pushed. 8 bytes a block, and the heap.
+    block has at most one live entry; entries that became void are squeezed out when there are more of them than
+    blocks, which as many pushes have paid for. O(log n) amortised for each leaf pushed, n being the leaves and never
+    more than the blocks of the pool. 8 bytes a block, and the heap.
     """
 
-    __slots__ = ("_entries", "_mask", "_numbers", "_shift", "_tree", "_view_numbers")
+    __slots__ = ("_entries", "_mask", "_max_entries", "_numbers", "_shift", "_tree", "_view_numbers")
 
     def __init__(self, tree: PrefixTree) -> None:
         self._tree = tree
@@ -32,6 +33,7 @@ class LeafHeap:
         self._shift = tree.num_blocks.bit_length()
         self._mask = (1 << self._shift) - 1
         self._entries: list[int] = []
+        self._max_entries = 2 * tree.num_blocks + 64
         self._numbers = np.full(tree.num_blocks, ABSENT, np.int64)
         self._view_numbers = self._numbers.data
 
@@ -41,16 +43,16 @@ class LeafHeap:
             return
         self._view_numbers[block_id] = number
         heapq.heappush(self._entries, number << self._shift | block_id)
-        if len(self._entries) > 2 * self._tree.num_blocks + 64:
+        if len(self._entries) > self._max_entries:
             self._squeeze()
 
     def pop(self) -> int | None:
         """Take out the evictable leaf with the smallest number; None if there is none. O(log n) amortised."""
-        entries, mask, shift, numbers = self._entries, self._mask, self._shift, self._view_numbers
+        entries, numbers = self._entries, self._view_numbers
         while entries:
             entry = heapq.heappop(entries)
-            block_id = entry & mask
-            if numbers[block_id] == entry >> shift:
+            block_id = entry & self._mask
+            if numbers[block_id] == entry >> self._shift:
                 numbers[block_id] = ABSENT
                 if self._tree.may_go(block_id):
                     return block_id
@@ -60,7 +62,7 @@ class LeafHeap:
         """Make the entries of these blocks void, if they have any. O(n)."""
         self._numbers[block_ids] = ABSENT
 
-    def number_of(self, block_ids: BlockIds) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def numbers(self, block_ids: BlockIds) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """The number under which each block is entered, -1 for none, (n,) int64. O(n)."""
         return self._numbers[block_ids]
 

@@ -86,10 +86,6 @@ class LRU:
         entries = self._log[self._head : self._tail]
         return iter(entries[entries >= 0].tolist())
 
-    def clear(self) -> None:
-        """Forget every block."""
-        self._head = self._tail = self._num_holes = 0
-
     def check_invariants(self) -> None:
         """Recount holes, and compare each block's place with the log."""
         entries = self._log[self._head : self._tail]

@@ -73,7 +73,8 @@ class PrefixTree:
         blockers = self._blockers[block_ids] - HELD
         self._blockers[block_ids] = blockers
         self.num_evictable += len(block_ids)
-        return block_ids[blockers == 0]
+        leaves: BlockIds = block_ids[blockers == 0]
+        return leaves
 
     def remove(self, block_ids: BlockIds) -> None:
         """These evictable blocks have a holder again, or are about to lose their name. O(n)."""

@@ -35,7 +35,6 @@ class Trace:
     run_starts:         (num_runs,) int64, first id of each run
     run_counts:         (num_runs,) int64, ids in each run
     run_offsets:        (n + 1,) int64; request `i` owns runs `run_offsets[i]:run_offsets[i + 1]`
-    first_spare_id:     greater than every content id of the source
 
     Content ids are *prefix ids*: equal id means equal block and equal prompt up to there. A request has either none,
     one per full block, or one per block with the last naming a partial block. They stay in run-length form: a trace
@@ -54,7 +53,6 @@ class Trace:
     run_starts: npt.NDArray[np.int64]
     run_counts: npt.NDArray[np.int64]
     run_offsets: npt.NDArray[np.int64]
-    first_spare_id: int
 
     def __post_init__(self) -> None:
         for column in _COLUMNS:
@@ -133,8 +131,7 @@ class Trace:
         columns["run_starts"], columns["run_counts"], columns["run_offsets"] = merged
         # No ids at all is one thing, with or without a block size.
         columns["content_block_size"] = columns["content_block_size"] if len(merged[0]) else None
-        ends = merged[0] + merged[1]
-        return cls(**columns, first_spare_id=int(ends.max()) if len(ends) else 0)
+        return cls(**columns)
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -151,19 +148,6 @@ class Trace:
             raise InvalidArgumentError(f"request {request}: expected an index from 0 to {len(self) - 1}")
         runs = slice(int(self.run_offsets[request]), int(self.run_offsets[request + 1]))
         return expand_runs(self.run_starts[runs], self.run_counts[runs])
-
-    def covering_content_ids(self, request: int) -> npt.NDArray[np.int64]:
-        """Return one content id for each block of a request's prompt, the partial last one too; empty if it has none.
-
-        Where the source names full blocks only, the partial one gets an id that no other request has, `first_spare_id
-        + request`: its tokens are known to be shared with nobody. O(ids). Raises InvalidArgumentError as
-        `content_ids` does.
-        """
-        ids = self.content_ids(request)
-        if not len(ids) or self.content_block_size is None:
-            return ids
-        num_blocks = -(-int(self.prompt_tokens[request]) // self.content_block_size)
-        return ids if len(ids) == num_blocks else np.append(ids, self.first_spare_id + request)
 
     def num_content_ids(self) -> npt.NDArray[np.int64]:
         """Return how many content ids each request has, (n,) int64. O(num_runs)."""

@@ -25,10 +25,10 @@ def test_content_ids_are_expanded_from_runs() -> None:
     assert [make().content_ids(i).tolist() for i in range(3)] == [[0, 1], [0, 7], [0]]
 
 
-def test_a_partial_block_without_an_id_gets_one_of_its_own_on_demand() -> None:
+def test_a_partial_block_may_have_no_id_and_a_request_none_at_all() -> None:
     trace = make(content_runs=[[(0, 2)], [(0, 1)], []])
-    assert trace.content_ids(1).tolist() == [0]
-    assert [trace.covering_content_ids(i).tolist() for i in range(3)] == [[0, 1], [0, 2 + 1], []]
+    assert [trace.content_ids(i).tolist() for i in range(3)] == [[0, 1], [0], []]
+    assert trace.num_content_ids().tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("request_idx", [-1, 3])

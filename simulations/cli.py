@@ -1,0 +1,191 @@
+"""The `pagedkv` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pagedkv import PagedKVError, __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Replay LLM request traces through the scheduler and KV-cache manager that engines embed. No GPU needed.",
+)
+
+
+def _show_version(requested: bool) -> None:  # noqa: FBT001 - typer's callback
+    if requested:
+        typer.echo(f"pagedkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def replay(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Request trace, gzip or not; its format is recognised by content. Default: a small sample."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report files.")] = Path("pagedkv-report"),
+    model: Annotated[str, typer.Option(help="Model preset.", rich_help_panel="Hardware")] = "Llama-3-8B",
+    device: Annotated[str, typer.Option(help="Device preset.", rich_help_panel="Hardware")] = "H100",
+    num_devices: Annotated[
+        int, typer.Option(help="Devices that share the model (tensor parallel).", rich_help_panel="Hardware")
+    ] = 1,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens per block. Default: the trace's own, else 16.", rich_help_panel="Memory"),
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="Blocks on the device. Default: what fits.", rich_help_panel="Memory")
+    ] = None,
+    num_host_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks for swapping. Default: as on the device if preemption swaps.", rich_help_panel="Memory"
+        ),
+    ] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Whether full blocks are kept for reuse.", rich_help_panel="Memory")
+    ] = True,
+    eviction: Annotated[str, typer.Option(help="lru, fifo, s3-fifo or sieve.", rich_help_panel="Memory")] = "lru",
+    policy: Annotated[str, typer.Option(help="fcfs or priority.", rich_help_panel="Scheduling")] = "fcfs",
+    preemption: Annotated[
+        str, typer.Option(help="recompute, swap or cheaper.", rich_help_panel="Scheduling")
+    ] = "recompute",
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens computed in one step.", rich_help_panel="Scheduling")
+    ] = 8192,
+    max_num_running: Annotated[int, typer.Option(help="Seats.", rich_help_panel="Scheduling")] = 256,
+    long_prefill_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of one prompt in a step while others wait.", rich_help_panel="Scheduling"),
+    ] = None,
+    watermark: Annotated[
+        float, typer.Option(help="Share of blocks that an admission leaves available.", rich_help_panel="Scheduling")
+    ] = 0.01,
+    max_bypasses: Annotated[
+        int, typer.Option(help="How often a request that does not fit may be passed.", rich_help_panel="Scheduling")
+    ] = 4,
+    limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N")] = None,
+    rate_scale: Annotated[float, typer.Option(help="2 lets requests arrive twice as fast.")] = 1.0,
+    session_gap: Annotated[
+        float, typer.Option(help="Seconds between the starts of sessions, for traces of sessions.")
+    ] = 0.0,
+    events: Annotated[
+        Path | None, typer.Option(help="Write every decision of the scheduler to this file, as JSON lines.")
+    ] = None,
+    leaps: Annotated[bool, typer.Option(help="Take runs of identical decode steps at once; same outcome.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Recount every invariant now and then; slower.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
+) -> None:
+    """Replay a request trace; print a summary and write a report.
+
+    Writes summary.json, requests.csv, report.html (self-contained) and a Perfetto trace. Same trace and options, same
+    figures, byte for byte, apart from wall-clock times.
+    """
+    from pagedkv.simulations.metrics import summarize
+    from pagedkv.simulations.replay import ReplayConfig
+    from pagedkv.simulations.replay import replay as run_replay
+    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.traces import load_trace, sample_trace
+
+    config = ReplayConfig(
+        model=model,
+        device=device,
+        num_devices=num_devices,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        prefix_caching=prefix_caching,
+        eviction=eviction,
+        policy=policy,
+        preemption=preemption,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_running=max_num_running,
+        long_prefill_tokens=long_prefill_tokens,
+        watermark=watermark,
+        max_bypasses=max_bypasses,
+        rate_scale=rate_scale,
+        leaps=leaps,
+        checks=check,
+    )
+    requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
+    if limit is not None:
+        requests = requests.head(limit)
+    with _event_log(events) as sink, _progress(len(requests)) as progress:
+        run = run_replay(requests, config, sink=sink, progress=progress)
+    summary = summarize(run)
+    paths = write_reports(run, out, summary)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(summary))
+    else:
+        print_summary(run, summary, paths)
+
+
+@contextmanager
+def _event_log(path: Path | None) -> Iterator[object | None]:
+    if path is None:
+        yield None
+        return
+    from pagedkv.scheduler import EventLog
+
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        yield EventLog(file)
+
+
+@contextmanager
+def _progress(num_requests: int) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar on a terminal, once the replay has taken a moment; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("replaying", total=num_requests)
+        yield lambda num_ended: bar.update(task, completed=num_ended)
+
+
+def _mount_traces() -> None:
+    from pagedkv.simulations.traces.command import app as traces_app
+
+    app.add_typer(traces_app, name="traces", help="List, describe, convert and generate request traces.")
+
+
+def main() -> None:
+    """Run the command; errors of the user are one line on standard error and exit code 2."""
+    _mount_traces()
+    try:
+        app()
+    except (PagedKVError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

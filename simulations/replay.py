@@ -1,0 +1,171 @@
+"""Replay a trace on a configured virtual engine: the main job, as one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pagedkv import CacheConfig, ConfigError, KVCacheManager, __version__
+from pagedkv.eviction import make_policy
+from pagedkv.scheduler import (
+    FCFS,
+    Cheaper,
+    EventSink,
+    LatestArrival,
+    LowestPriority,
+    PreemptionPolicy,
+    Priority,
+    QueuePolicy,
+    Recompute,
+    Scheduler,
+    SchedulerConfig,
+    Swap,
+    VictimPolicy,
+)
+from pagedkv.simulations.cost_models import RooflineCostModel, get_device, get_model, num_kv_blocks
+from pagedkv.simulations.run import RequestLog, Run
+from pagedkv.simulations.simulator import EventTee, Simulator
+from pagedkv.simulations.traces import Trace
+
+__all__ = ["ReplayConfig", "replay"]
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayConfig:
+    """What to replay a trace on.
+
+    block_size:      tokens per block; None: the trace's own if it names shared blocks, else 16
+    num_blocks:      device blocks; None: what the device's memory leaves beside the weights
+    num_host_blocks: blocks for swapping; None: as many as on the device if `preemption` may swap, else 0
+    rate_scale:      2 lets requests arrive twice as fast
+    leaps:           whether runs of identical decode steps are taken at once; the outcome is the same
+    checks:          whether every invariant is recounted after each 1,000 plans
+    The others are those of SchedulerConfig, of the cost model's presets, and the names of policies.
+    """
+
+    model: str = "Llama-3-8B"
+    device: str = "H100"
+    num_devices: int = 1
+    block_size: int | None = None
+    num_blocks: int | None = None
+    num_host_blocks: int | None = None
+    prefix_caching: bool = True
+    eviction: str = "lru"
+    policy: str = "fcfs"
+    preemption: str = "recompute"
+    max_num_batched_tokens: int = 8192
+    max_num_running: int = 256
+    long_prefill_tokens: int | None = None
+    watermark: float = 0.01
+    max_bypasses: int = 4
+    rate_scale: float = 1.0
+    leaps: bool = True
+    checks: bool = False
+
+
+def replay(
+    trace: Trace,
+    config: ReplayConfig | None = None,
+    *,
+    sink: EventSink | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Replay `trace` and return everything that happened; `sink` gets the scheduler's events as they come.
+
+    `progress` gets the number of ended requests now and then. Deterministic: same trace and configuration, same run,
+    apart from `wall_s`. Raises ConfigError, with nothing done, for contradictions.
+
+    >>> from pagedkv.simulations.traces import sample_trace
+    >>> run = replay(sample_trace().head(10))
+    >>> int((run.requests.num_output > 0).sum())
+    10
+    """
+    started = time.perf_counter()
+    config = ReplayConfig() if config is None else config
+    trace = _scale_arrivals(trace, config.rate_scale)
+    block_size = config.block_size or trace.content_block_size or DEFAULT_BLOCK_SIZE
+    _require_matching_blocks(trace, block_size)
+    model, device = get_model(config.model), get_device(config.device)
+    cost_model = RooflineCostModel(model, device, block_size=block_size, num_devices=config.num_devices)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = num_kv_blocks(model, device, block_size=block_size, num_devices=config.num_devices)
+    queue_policy, victim_policy = _order(config.policy)
+    preemption = _preemption(config.preemption, cost_model)
+    num_host_blocks = config.num_host_blocks
+    if num_host_blocks is None:
+        num_host_blocks = 0 if isinstance(preemption, Recompute) else num_blocks
+    cache_config = CacheConfig(num_blocks, block_size, num_host_blocks, config.prefix_caching)
+    scheduler_config = SchedulerConfig(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_running=config.max_num_running,
+        long_prefill_tokens=config.long_prefill_tokens,
+        watermark=config.watermark,
+        max_bypasses=config.max_bypasses,
+    )
+    manager = KVCacheManager(cache_config, eviction=make_policy(config.eviction, num_blocks))
+    log = RequestLog.empty(len(trace))
+    tee = EventTee(log, sink)
+    scheduler = Scheduler(
+        scheduler_config, manager, policy=queue_policy, victim=victim_policy, preemption=preemption, sink=tee
+    )
+    simulator = Simulator(trace, scheduler, cost_model, log, leaps=config.leaps)
+    simulator.run(progress, checks=config.checks)
+    described: dict[str, Any] = {
+        **dataclasses.asdict(config),
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "num_host_blocks": num_host_blocks,
+        "cost_model": cost_model.describe(),
+        "pagedkv_version": __version__,
+    }
+    return Run(
+        trace=trace,
+        configuration=described,
+        requests=log,
+        steps=simulator.steps,
+        gaps=simulator.gaps,
+        preemptions=tee.preemptions,
+        rejections=simulator.rejections,
+        num_blocks=num_blocks,
+        wall_s=time.perf_counter() - started,
+    )
+
+
+def _scale_arrivals(trace: Trace, rate_scale: float) -> Trace:
+    if not math.isfinite(rate_scale) or rate_scale <= 0:
+        raise ConfigError(f"rate_scale must be a finite number > 0, found {rate_scale}")
+    return trace if rate_scale == 1 else dataclasses.replace(trace, arrival_s=trace.arrival_s / rate_scale)
+
+
+def _require_matching_blocks(trace: Trace, block_size: int) -> None:
+    named = trace.content_block_size
+    if named is not None and named % block_size and block_size % named:
+        raise ConfigError(
+            f"block_size {block_size} does not fit the trace, which names shared blocks of {named} tokens: "
+            f"choose a divisor or a multiple of {named}"
+        )
+
+
+def _order(name: str) -> tuple[QueuePolicy, VictimPolicy]:
+    if name == "fcfs":
+        return FCFS(), LatestArrival()
+    if name == "priority":
+        return Priority(), LowestPriority()
+    raise ConfigError(f"policy must be one of fcfs, priority, found {name!r}")
+
+
+def _preemption(name: str, cost_model: RooflineCostModel) -> PreemptionPolicy:
+    if name == "recompute":
+        return Recompute()
+    if name == "swap":
+        return Swap()
+    if name == "cheaper":
+        return Cheaper(cost_model.prefill_s_per_token, cost_model.swap_s_per_block)
+    raise ConfigError(f"preemption must be one of recompute, swap, cheaper, found {name!r}")
