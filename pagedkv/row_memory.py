@@ -99,10 +99,14 @@ class RowMemory:
         num_hit = len(hit_blocks)
         row = table.add(content, num_known, hit_blocks, num_hit * self.block_size)
         table.num_named[row] = num_hit
-        if isinstance(content, TokenContent):
-            start = num_known - num_known % self.block_size
-            table.tails[row, : num_known - start] = content.token_ids(start, num_known)
+        self._load_tail(row, content, num_known)
         return row
+
+    def _load_tail(self, row: int, content: Content, num_known: int) -> None:
+        """Copy the tokens of the block that holds the last known token, full or not, from the content into the table."""
+        if isinstance(content, TokenContent):
+            start = (num_known - 1) // self.block_size * self.block_size
+            self.sequences.tails[row, : num_known - start] = content.token_ids(start, num_known)
 
     def token_ids(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> Int32s:
         """Known tokens `starts[i]` to `starts[i] + num_tokens[i] - 1` of each row, packed. O(tokens)."""
@@ -331,11 +335,9 @@ class RowMemory:
         if num_tokens < table.num_known[row]:
             self.sync_content(row)
             content = table.contents[row]
-            offset = num_tokens % self.block_size
             if isinstance(content, TokenContent):
-                tail = content.token_ids(num_tokens - offset, num_tokens)
-                content.write(num_tokens - offset, tail)
-                table.tails[row, :offset] = tail
+                content.write(num_tokens, NO_COPIES.sources)
+                self._load_tail(row, content, num_tokens)
             elif isinstance(content, SimulatedContent):
                 content.truncate(num_tokens // self.block_size, self.next_serial())
                 table.name_bases[row] = content.base

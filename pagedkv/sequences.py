@@ -21,7 +21,7 @@ class SequenceTable:
     has_shared_tail: (rows,) bool, the last, partly filled block may have another holder or a name
     block_tables: (rows, width) int32; entries beyond `num_blocks` are never read
     name_bases:   (rows,) int64, where content is simulated: block i that a decode fills is named `name_bases - i`
-    tails:        (rows, block_size) int32, the tokens of the block that `num_known` reaches into
+    tails:        (rows, block_size) int32, the tokens of the block that holds the last known one
     contents:     per row, what the sequence contains
 
     Both dimensions double when they are exceeded; references to the arrays go stale then, so ask for them anew.

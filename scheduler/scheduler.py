@@ -73,6 +73,7 @@ class Scheduler:
         self._grants = Grants()
         self._forked: list[tuple[int, Sample]] = []
         self._swapped_out: list[Sample] = []
+        self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = 0
         self._num_token_requests = 0
@@ -197,6 +198,8 @@ class Scheduler:
         for row, num_valid in valid.items():
             if self._running.samples[row] is not None:
                 self._memory.retract(row, self._num_written(row, num_valid, unwritten, copied))
+        seated = (self._running.samples[seat.row] for seat in plan.admitted)
+        self._unannounced = [sample for sample in seated if sample is not None]
         for sample in self._swapped_out:
             if sample.state is SampleState.SWAPPED:
                 self._forget_swapped(sample)
@@ -335,11 +338,13 @@ class Scheduler:
         return sampling_rows, sources
 
     def _admitted_seats(self) -> tuple[Seat, ...]:
-        """Rows that begin or come back in this step."""
-        if not self._grants.rows and not self._forked:
+        """Rows that begin or come back in this step, or did so in one that failed."""
+        if not self._grants.rows and not self._forked and not self._unannounced:
             return ()
         samples = [self._running.samples[row] for row in self._grants.rows] + [sibling for _, sibling in self._forked]
-        return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in samples)
+        again = [sample for sample in self._unannounced if sample.state is SampleState.RUNNING]
+        self._unannounced = []
+        return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in again + samples)
 
     def _expect_forks(self, grants: Grants) -> None:
         for row in grants.rows:

@@ -49,6 +49,13 @@ class ToyEngine:
         for source, target in zip(plan.swaps_in.sources, plan.swaps_in.targets, strict=True):
             self.device[target] = self.host[source]
 
+    def spoil(self, plan: StepPlan) -> None:
+        """Fail in the worst way: everything that the step was to write holds garbage."""
+        self.device.reshape(-1)[plan.slot_mapping] = -7
+        self.device[plan.copies.targets] = -7
+        self.device[plan.swaps_in.targets] = -7
+        self.host[plan.swaps_out.targets] = -7
+
     def run(self, plan: StepPlan) -> list[int]:
         """Return one token for each sampling row."""
         self.seats |= {seat.row: (seat.request_id, seat.sample_idx) for seat in plan.admitted}

@@ -87,7 +87,7 @@ def test_answers_survive_preemption_failure_abort_and_sharing(make_service, scen
             except UnknownIdError:
                 pass
         if rng.random() < scenario["fail_rate"]:
-            service.engine.device[scheduler.scheduler.manager.memory.pool.order()] = -7
+            service.engine.spoil(plan)
             scheduler.fail(plan, service.clock, "the device was lost")
         else:
             service.finish(plan)
