@@ -10,14 +10,15 @@ hashes exactly 32 + 4 * block_size bytes; extras start with a tag and a count, s
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeAlias
 
+from pagedkv.arrays import as_int
 from pagedkv.errors import InvalidArgumentError
 
-__all__ = ["CacheIdentity", "ExtraKey", "Key", "MAX_SALT_BYTES", "chain_keys", "encode_extras", "root_key"]
+__all__ = ["CacheIdentity", "ExtraKey", "Key", "MAX_SALT_BYTES", "as_extras", "chain_keys", "encode_extras", "root_key"]
 
 Key: TypeAlias = bytes | int
 """A block's name: 32 bytes of SHA-256 over token content, or the id that a trace gives to simulated content."""
@@ -25,6 +26,7 @@ Key: TypeAlias = bytes | int
 SCHEME = b"pagedkv-block-key-v1"
 MAX_SALT_BYTES = 64
 MAX_TEXT_BYTES = 4096
+MAX_POSITION = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class CacheIdentity:
 
     model: str = ""
     kv_dtype: str = ""
+
+    def __post_init__(self) -> None:
+        _text("model", self.model)
+        _text("kv_dtype", self.kv_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,8 @@ class ExtraKey:
     digest: bytes
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise InvalidArgumentError(f"an extra key needs 0 <= start < stop, found {self.start}..{self.stop}")
+        as_int("start", self.start, at_least=0, at_most=MAX_POSITION)
+        as_int("stop", self.stop, at_least=self.start + 1, at_most=MAX_POSITION)
         if not isinstance(self.digest, bytes) or not 1 <= len(self.digest) <= MAX_SALT_BYTES:
             raise InvalidArgumentError(f"an extra key's digest must be 1 to {MAX_SALT_BYTES} bytes")
 
@@ -72,7 +78,7 @@ def root_key(identity: CacheIdentity, block_size: int, *, salt: bytes = b"", ada
     `salt` is any bytes, at most 64: sequences with different salts share nothing. `adapter` names a LoRA or the like.
 
     >>> root_key(CacheIdentity(), 16).hex()[:16]
-    '6f7a01cf10b0d34f'
+    'bef658abb1b3a2bd'
     """
     if not isinstance(salt, bytes) or len(salt) > MAX_SALT_BYTES:
         raise InvalidArgumentError(f"salt must be at most {MAX_SALT_BYTES} bytes, found {type(salt).__name__}")
@@ -86,6 +92,15 @@ def root_key(identity: CacheIdentity, block_size: int, *, salt: bytes = b"", ada
         + adapter_field
     )
     return sha256(encoded).digest()
+
+
+def as_extras(values: Iterable[ExtraKey]) -> tuple[ExtraKey, ...]:
+    """Return the items as a tuple. Raises InvalidArgumentError unless each is an ExtraKey, before anything is hashed."""
+    extras = tuple(values) if isinstance(values, Iterable) else (values,)
+    for extra in extras:
+        if not isinstance(extra, ExtraKey):
+            raise InvalidArgumentError(f"extras must be ExtraKey items, found {type(extra).__name__}")
+    return extras
 
 
 def encode_extras(extras: Sequence[ExtraKey], start: int, stop: int) -> bytes:

@@ -199,11 +199,11 @@ class BlockPool:
 
     def _check_ids(self, block_ids: BlockIds) -> None:
         """Raise BlockStateError unless these are distinct ids of blocks of this pool. O(n log n) beyond 128 ids."""
+        if not isinstance(block_ids, np.ndarray) or block_ids.dtype.kind != "i" or block_ids.ndim != 1:
+            raise BlockStateError(f"block ids must be one row in an integer array, found {block_ids!r:.80}")
         num = len(block_ids)
         if num == 0:
             return
-        if not isinstance(block_ids, np.ndarray) or block_ids.dtype.kind != "i":
-            raise BlockStateError(f"block ids must be an integer array, found {type(block_ids).__name__}")
         if block_ids.min() < 0 or block_ids.max() >= self.num_blocks:
             raise BlockStateError(f"block ids must be in 0..{self.num_blocks - 1}, found {block_ids.tolist()[:20]}")
         num_distinct = len(set(block_ids.tolist())) if num <= 128 else len(np.unique(block_ids))

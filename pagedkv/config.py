@@ -35,3 +35,7 @@ class CacheConfig:
             as_int("num_host_blocks", self.num_host_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(f"prefix_caching must be True or False, found {self.prefix_caching!r}")
+        if not isinstance(self.identity, CacheIdentity):
+            raise ConfigError(f"identity must be a CacheIdentity, found {type(self.identity).__name__}")

@@ -35,7 +35,13 @@ class SimulatedPrompt:
 
     def __post_init__(self) -> None:
         as_int("num_tokens", self.num_tokens, at_least=1, at_most=MAX_TOKENS)
-        num_ids = len(self.content_ids)
+        try:
+            ids = np.asarray(self.content_ids)
+        except ValueError as error:
+            raise InvalidArgumentError(f"content ids must be one row of whole numbers: {error}") from None
+        if ids.ndim != 1:
+            raise InvalidArgumentError(f"content ids must be one row of whole numbers, found shape {ids.shape}")
+        num_ids = len(ids)
         if num_ids == 0:
             return
         as_int("content_block_size", self.content_block_size, at_least=1, at_most=MAX_TOKENS)
@@ -45,7 +51,6 @@ class SimulatedPrompt:
                 f"{self.num_tokens} tokens in blocks of {self.content_block_size} have {num_full} or {num_all} "
                 f"content ids, found {num_ids}"
             )
-        ids = np.asarray(self.content_ids)
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= MAX_CONTENT_ID:
             raise InvalidArgumentError(f"content ids must be whole numbers in 0..2^62-1, found {ids.dtype}")
 

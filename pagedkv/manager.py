@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, as_int, as_token_ids
-from pagedkv.block_keys import ExtraKey, root_key
+from pagedkv.block_keys import ExtraKey, as_extras, root_key
 from pagedkv.config import CacheConfig
 from pagedkv.content import MAX_TOKENS, Content, SimulatedContent, SimulatedPrompt, TokenContent
 from pagedkv.errors import (
@@ -20,7 +21,7 @@ from pagedkv.errors import (
     UnknownIdError,
 )
 from pagedkv.eviction import EvictionPolicy
-from pagedkv.plans import BlockCopies
+from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.recount import check_memory
 from pagedkv.row_memory import RowMemory
 from pagedkv.statistics import MemoryStatistics
@@ -62,11 +63,14 @@ class PrefixHit:
         """Let go of the blocks. O(blocks)."""
         self.take_over()._drop(self)
 
-    def take_over(self) -> KVCacheManager:
-        """End the pin in favour of whoever calls; returns the manager that it belongs to."""
-        manager, self._manager = self._manager, None
+    def take_over(self, owner: KVCacheManager | None = None) -> KVCacheManager:
+        """End the pin in favour of whoever calls; returns the manager that it belongs to, which is `owner` if given."""
+        manager = self._manager
         if manager is None:
             raise BlockStateError("this prefix hit was used or dropped already")
+        if owner is not None and manager is not owner:
+            raise BlockStateError("this prefix hit belongs to another manager")
+        self._manager = None
         return manager
 
     def __enter__(self) -> PrefixHit:
@@ -120,7 +124,7 @@ class KVCacheManager:
         if not 1 <= len(token_ids) <= MAX_TOKENS:
             raise InvalidArgumentError(f"a prompt has 1 to {MAX_TOKENS} tokens, found {len(token_ids)}")
         root = root_key(self.config.identity, self.config.block_size, salt=salt, adapter=adapter)
-        return TokenContent(token_ids, self.config.block_size, root, tuple(extras)), len(token_ids)
+        return TokenContent(token_ids, self.config.block_size, root, as_extras(extras)), len(token_ids)
 
     def lookup(
         self, prompt: Prompt, *, salt: bytes = b"", adapter: str | None = None, extras: Iterable[ExtraKey] = ()
@@ -153,11 +157,13 @@ class KVCacheManager:
         """
         if sequence_id in self._row_of:
             raise DuplicateIdError(f"sequence {sequence_id!r} is open already")
-        hit = (
-            prompt if isinstance(prompt, PrefixHit) else self.lookup(prompt, salt=salt, adapter=adapter, extras=extras)
-        )
-        if hit.take_over() is not self:
-            raise BlockStateError("this prefix hit belongs to another manager")
+        if isinstance(prompt, PrefixHit):
+            if salt or adapter is not None or tuple(extras):
+                raise InvalidArgumentError("a prefix hit takes no salt, adapter or extras: its lookup had them")
+            hit = prompt
+        else:
+            hit = self.lookup(prompt, salt=salt, adapter=adapter, extras=extras)
+        hit.take_over(self)
         del self._pinned[id(hit)]
         row = self.memory.adopt(hit.content, hit.num_known, hit.block_ids)
         self.memory.counters.record(hit.num_known, len(hit.block_ids), self.config.block_size)
@@ -180,6 +186,8 @@ class KVCacheManager:
         start = int(memory.sequences.num_computed[row])
         num_known = int(memory.sequences.num_known[row])
         num_tokens = as_int("num_tokens", num_tokens, at_least=0, at_most=num_known - start)
+        if num_tokens == 0:  # Nothing is written, so a shared tail need not be copied.
+            return Appended(np.empty(0, np.int64), NO_COPIES)
         rows = np.array([row])
         copies = memory.try_append(rows, np.array([num_tokens]))
         if copies is None:
@@ -290,7 +298,7 @@ class KVCacheManager:
             num_sequences=table.num_live,
             num_slots=int(table.num_blocks.sum()) * table.block_size,
             num_tokens=int(table.num_computed[on_device].sum()),
-            prefix=memory.counters,
+            prefix=replace(memory.counters),
         )
 
     def reset_prefix_cache(self) -> bool:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from pagedkv.arrays import as_int
+
 __all__ = ["HitRateWindow", "MemoryStatistics", "PrefixCounters"]
+
+MAX_REQUESTS = 2**31
 
 
 @dataclass(slots=True)
@@ -80,7 +84,7 @@ class HitRateWindow:
     __slots__ = ("_num_hit", "_num_queried", "_num_requests", "_records", "max_requests")
 
     def __init__(self, max_requests: int = 1000) -> None:
-        self.max_requests = max_requests
+        self.max_requests = as_int("max_requests", max_requests, at_least=1, at_most=MAX_REQUESTS)
         self.reset()
 
     def record(self, num_requests: int, *, num_queried: int, num_hit: int) -> None:

@@ -9,25 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv import BlockPool, PrefixCache
+from pagedkv.block_keys import Key
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import LRU, EvictionPolicy
 
 __all__ = ["CachePass", "num_distinct_blocks", "replay_cache"]
 
-NO_BLOCKS = np.empty(0, np.int32)
+NO_PARENT = np.array([-1], np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class CachePass:
-    """The outcome of one pass, in blocks. `policy` is the policy's name; hits + inserted ≤ lookups."""
+    """The outcome of one pass: `policy` by name, `capacity`, lookups and hits in blocks."""
 
     policy: str
     capacity: int
     num_requests: int
     num_lookups: int
     num_hits: int
-    num_inserted: int
-    num_evicted: int
 
     @property
     def hit_ratio(self) -> float:
@@ -60,39 +59,40 @@ def replay_cache(
     """
     pool = BlockPool(capacity, policy(capacity))
     cache = PrefixCache(pool)
-    num_requests = num_lookups = num_hits = num_inserted = 0
+    num_requests = num_lookups = num_hits = 0
     for ids in content_ids:
-        keys = ids.tolist()
-        num_keys = len(keys)
-        num_hit = cache.num_resident(keys, num_keys)
-        held = NO_BLOCKS
-        if num_hit:
-            held = cache.blocks(keys, num_hit)
-            pool.acquire(held)
-        num_new = num_keys - num_hit
-        if num_new:
-            num_new = min(num_new, pool.num_available)
-        if num_new:
-            new = pool.allocate(num_new)
-            num_named = len(cache) + num_new
-            cache.name_chain(keys[num_hit : num_hit + num_new], new, int(held[-1]) if num_hit else -1)
-            if len(cache) != num_named:
-                raise InvalidArgumentError(f"request {num_requests}: an id occurs twice, or follows another id elsewhere")
-            held = np.concatenate((held, new))
-        pool.release(held[::-1])
+        num_hit = _serve(pool, cache, ids.tolist())
+        if num_hit is None:
+            raise InvalidArgumentError(f"request {num_requests}: an id is there twice, or follows another id elsewhere")
         num_requests += 1
-        num_lookups += num_keys
+        num_lookups += len(ids)
         num_hits += num_hit
-        num_inserted += num_new
     return CachePass(
         policy=pool.policy.name,
         capacity=capacity,
         num_requests=num_requests,
         num_lookups=num_lookups,
         num_hits=num_hits,
-        num_inserted=num_inserted,
-        num_evicted=num_inserted - len(cache),
     )
+
+
+def _serve(pool: BlockPool, cache: PrefixCache, keys: list[Key]) -> int | None:
+    """Look up one request, insert it, and let go of it. Returns its hits, or None if its keys are no prefix ids."""
+    num_keys = len(keys)
+    num_hit = cache.num_resident(keys, num_keys)
+    hits = cache.blocks(keys, num_hit)
+    if num_hit:
+        pool.acquire(hits)
+    num_new = min(num_keys - num_hit, pool.num_available)
+    new = pool.allocate(num_new)
+    chain = np.concatenate((NO_PARENT, hits, new))
+    if num_new:
+        num_named = len(cache) + num_new
+        cache.name_fresh(keys[num_hit : num_hit + num_new], new, chain[num_hit:-1])
+        if len(cache) != num_named:
+            return None
+    pool.release(chain[:0:-1])
+    return num_hit
 
 
 def num_distinct_blocks(content_ids: Iterable[NDArray[np.int64]]) -> int:

@@ -22,9 +22,8 @@ def offline_optimum(content_ids: Iterable[NDArray[np.int64]], capacity: int) -> 
     evict what is used again last. A block that would itself be used last, or never again, is not inserted; that is
     what makes MIN an upper bound for policies that leave blocks out, as all do with a request larger than the cache.
 
-    `num_inserted` counts the blocks that were kept at first, `num_evicted` those that were given up later. The blocks
-    kept always are whole prefixes, since every request that uses a block uses its head before it. O(n log n) for n
-    lookups. Raises InvalidArgumentError for a capacity out of range.
+    What is kept always is whole prefixes, since every request that uses a block uses its head just before it; so a hit
+    is in the leading run here as well. O(n log n) for n lookups. Raises InvalidArgumentError for a capacity out of range.
 
     >>> requests = [np.array([1]), np.array([2]), np.array([3]), np.array([1]), np.array([2])]
     >>> offline_optimum(requests, capacity=1).num_hits
@@ -36,37 +35,26 @@ def offline_optimum(content_ids: Iterable[NDArray[np.int64]], capacity: int) -> 
     num_lookups = len(next_uses)
     # A block that is kept is known by the place of its next use, which is nobody else's. Places that have passed
     # never surface: the heap gives the last place first.
-    is_kept = bytearray(num_lookups + 1)
+    is_kept = bytearray(num_lookups)
     last_first: list[int] = []
-    num_kept = num_hits = num_inserted = num_evicted = 0
+    num_kept = num_hits = 0
     for place, next_use in enumerate(next_uses.tolist()):
-        is_hit = is_kept[place]
-        num_hits += is_hit
-        num_kept -= is_hit
-        num_evicted += is_hit
-        if next_use == num_lookups:
-            continue
-        is_kept[next_use] = True
-        heappush(last_first, -next_use)
-        num_kept += 1
-        num_inserted += not is_hit
-        num_evicted -= is_hit
-        if num_kept > capacity:
-            dropped = -heappop(last_first)
-            is_kept[dropped] = False
+        if is_kept[place]:
+            num_hits += 1
             num_kept -= 1
-            if dropped == next_use and not is_hit:
-                num_inserted -= 1
-            else:
-                num_evicted += 1
+        if next_use < num_lookups:
+            is_kept[next_use] = True
+            heappush(last_first, -next_use)
+            num_kept += 1
+            if num_kept > capacity:
+                is_kept[-heappop(last_first)] = False
+                num_kept -= 1
     return CachePass(
         policy="min",
         capacity=capacity,
         num_requests=len(requests),
         num_lookups=num_lookups,
         num_hits=num_hits,
-        num_inserted=num_inserted,
-        num_evicted=num_evicted,
     )
 
 

@@ -1,0 +1,38 @@
+# Everything happens in .venv; only Python 3.11 or newer is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check slow bench clean
+
+demo: .venv/demo ## Replay the sample trace and say where the report is.
+	$(BIN)/pagedkv replay --out out-demo
+
+test: .venv/test ## Run the tests.
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+slow: .venv/test ## Run the slow tests too.
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: .venv/test ## Lint, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/demo ## Run every benchmark and write the results to benchmarks/results/.
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[sim]'
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean: ## Remove what the other targets made.
+	rm -rf .venv out-demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

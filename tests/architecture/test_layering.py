@@ -1,0 +1,123 @@
+"""Who may import whom: one table, held against every import in the code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STDLIB = set(sys.stdlib_module_names)
+CORE = {"pagedkv.core"}
+"""The files of pagedkv/ itself."""
+
+# Part -> what it may import beside the standard library and itself. Extras of [sim] are named by the part that uses them.
+MAY_IMPORT = {
+    "core": {"numpy", "sortedcontainers"},
+    "scheduler": {"numpy", "sortedcontainers", "pagedkv.core"},
+    "attention": {"numpy", "torch"},
+    "simulations": {"numpy", "msgspec", "plotly", "rich", "typer", "pagedkv.core", "pagedkv.scheduler"},
+    "engine": {"numpy", "torch", "transformers", "pagedkv.core", "pagedkv.scheduler", "pagedkv.attention"},
+}
+FOLDERS = {"core": "pagedkv", **{part: part for part in MAY_IMPORT if part != "core"}}
+# The command's entry point is the one file of pagedkv/ that reaches up; nothing imports it.
+ENTRY_POINT = ROOT / "pagedkv" / "__main__.py"
+
+
+def files_of(part: str) -> list[Path]:
+    folder = ROOT / FOLDERS[part]
+    own = [path for path in folder.rglob("*.py") if path != ENTRY_POINT]
+    if part == "core":
+        links = [path for path in folder.iterdir() if path.is_symlink()]
+        own = [path for path in own if not any(link in path.parents for link in links)]
+    return sorted(own)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    if names[0] != "pagedkv":
+        return names[0]
+    return f"pagedkv.{names[1]}" if len(names) > 1 and names[1] in MAY_IMPORT else "pagedkv.core"
+
+
+@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
+def test_a_part_imports_only_what_the_table_allows(part: str) -> None:
+    allowed = MAY_IMPORT[part] | {f"pagedkv.{part}"}
+
+    forbidden = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in files_of(part)
+        for module in imports_of(path)
+        if part_of(module) not in allowed and part_of(module) not in STDLIB
+    ]
+
+    assert forbidden == []
+
+
+def test_every_part_with_code_was_looked_at() -> None:
+    assert {part: bool(files_of(part)) for part in ("core", "scheduler", "simulations")} == {
+        "core": True,
+        "scheduler": True,
+        "simulations": True,
+    }
+
+
+@pytest.mark.parametrize("module", ["pagedkv", "pagedkv.scheduler", "pagedkv.simulations.replay", "pagedkv.simulations.cli"])
+def test_importing_does_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_the_package_takes_less_than_a_fifth_of_a_second_beyond_numpy() -> None:
+    code = "import numpy, time; start = time.process_time(); import pagedkv; print(time.process_time() - start)"
+
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+
+    assert seconds < 0.2
+
+
+def test_nothing_reads_a_clock_or_unseeded_randomness_below_the_loop() -> None:
+    banned = {"time", "random", "datetime", "secrets", "uuid"}
+    parts = ("core", "scheduler")
+
+    found = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for part in parts
+        for path in files_of(part)
+        for module in imports_of(path)
+        if module.split(".")[0] in banned
+    ]
+
+    assert found == []
+
+
+def test_no_code_can_execute_data() -> None:
+    banned_modules = {"pickle", "shelve", "marshal", "socket", "subprocess", "ctypes"}
+    banned_calls = {"eval", "exec", "__import__", "compile"}
+    found = []
+    for part in MAY_IMPORT:
+        for path in files_of(part):
+            found += [f"{path.name}: {module}" for module in imports_of(path) if module.split(".")[0] in banned_modules]
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in banned_calls:
+                    found.append(f"{path.name}: {node.func.id}()")
+
+    assert found == []
