@@ -17,13 +17,14 @@ NUM_CALLS = 300
 
 
 def cached_pool(num_blocks: int) -> BlockPool:
-    """A pool in which every block is evictable, with a SHA-256 key."""
+    """A pool in which every block is evictable, named by SHA-256 keys of sequences of 25 blocks."""
     pool = BlockPool(num_blocks)
     cache = PrefixCache(pool)
     keys = [sha256(i.to_bytes(8, "little")).digest() for i in range(num_blocks)]
-    blocks = pool.allocate(num_blocks)
-    cache.name_chain(keys, blocks, -1)
-    pool.release(blocks[::-1].copy())
+    for start in range(0, num_blocks, 25):
+        blocks = pool.allocate(25)
+        cache.name_chain(keys[start : start + 25], blocks, -1)
+        pool.release(blocks[::-1])
     assert pool.num_evictable == num_blocks
     return pool
 

@@ -15,7 +15,7 @@ from harness import Report, repeat
 from pagedkv import CacheConfig, KVCacheManager
 from pagedkv.scheduler import Request, Scheduler, SchedulerConfig
 
-PROMPT, NUM_STEPS = 512, 256
+PROMPT, NUM_STEPS, MAX_NEW = 512, 256, 1024
 PEER_US = {64: 802, 256: 4496, 1024: 20700}
 TARGET_US = {64: 100, 256: 160, 1024: 400}
 
@@ -23,13 +23,13 @@ TARGET_US = {64: 100, 256: 160, 1024: 400}
 def measure(num_running: int, *, packs: bool) -> float:
     """Microseconds of CPU per step, over steps in which blocks fill and are taken as requests reach them."""
     rng = np.random.default_rng(0)
-    manager = KVCacheManager(CacheConfig(num_blocks=num_running * (PROMPT + 2 * NUM_STEPS) // 16 + 64))
+    manager = KVCacheManager(CacheConfig(num_blocks=num_running * (PROMPT + MAX_NEW) // 16 + 64))
     budget = max(8192, num_running)
     scheduler = Scheduler(SchedulerConfig(budget, num_running), manager)
     for i in range(num_running):
         # Lengths differ by up to a block, so that boundaries do not fall into the same step for all.
         prompt = rng.integers(0, 32_000, PROMPT + i % 16).astype(np.int32)
-        scheduler.add(Request(str(i), prompt, 2 * NUM_STEPS), 0.0)
+        scheduler.add(Request(str(i), prompt, MAX_NEW), 0.0)
     tokens = rng.integers(0, 32_000, num_running).astype(np.int32)
     while True:
         plan = scheduler.schedule(0.0)
@@ -50,8 +50,12 @@ def main() -> None:
     for num_running in (64, 256, 1024, 4096):
         peer = {"peer_vllm_us": PEER_US[num_running]} if num_running in PEER_US else {}
         target = {"target_us": TARGET_US[num_running]} if num_running in TARGET_US else {}
-        report.add(f"{num_running} running", repeat(lambda n=num_running: measure(n, packs=False)), "us/step", **peer, **target)
-        report.add(f"{num_running} running, packed arrays", repeat(lambda n=num_running: measure(n, packs=True)), "us/step")
+        report.add(
+            f"{num_running} running", repeat(lambda n=num_running: measure(n, packs=False)), "us/step", **peer, **target
+        )
+        report.add(
+            f"{num_running} running, packed arrays", repeat(lambda n=num_running: measure(n, packs=True)), "us/step"
+        )
     report.write()
 
 

@@ -14,8 +14,8 @@ __all__ = ["BlockIds", "Int32s", "Int64s", "Rows", "as_int", "as_token_ids", "cd
 
 Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
-BlockIds: TypeAlias = Int32s
-"""(n,) int32: indices of blocks in their pool."""
+BlockIds: TypeAlias = Int64s
+"""(n,) int64: indices of blocks in their pool. numpy indexes by int64 up to seven times faster than by int32."""
 Rows: TypeAlias = Int64s
 """(n,) int64: indices of live sequences in the columnar tables."""
 

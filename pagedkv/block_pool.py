@@ -16,6 +16,8 @@ __all__ = ["MAX_NUM_BLOCKS", "BlockPool"]
 MAX_NUM_BLOCKS = 2**28
 """Documented cap on the size of a pool: 4.3 billion token slots at 16 tokens a block."""
 
+NO_BLOCKS = np.empty(0, np.int64)
+
 # A block's state is one number, `2 * count + named`, so that a single gather tells both whether it is held and
 # whether the prefix cache knows it. That halves the array operations of every verb.
 NAMED = 1
@@ -99,14 +101,14 @@ class BlockPool:
             num_blocks = as_int("num_blocks", num_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
         num_free = self._num_free
         if num_blocks <= num_free:
-            block_ids = self._free[num_free - num_blocks : num_free][::-1].copy()
+            block_ids = self._free[num_free - num_blocks : num_free][::-1].astype(np.int64)
             self._num_free = num_free - num_blocks
         elif num_blocks > num_free + len(self.policy):
             return None
         else:
             block_ids = self._evict(num_blocks - num_free)
             if num_free:
-                block_ids = np.concatenate((self._free[:num_free][::-1], block_ids))
+                block_ids = np.concatenate((self._free[:num_free][::-1], block_ids), dtype=np.int64)
                 self._num_free = 0
         self._state[block_ids] = HOLDER
         return block_ids
@@ -123,9 +125,9 @@ class BlockPool:
 
         Raises BlockStateError, pool unchanged, for unknown ids, ids named twice, and free blocks.
         """
-        self._check_ids(block_ids)
+        block_ids = self._check_ids(block_ids)
         before = self._state[block_ids]
-        if len(before) and before.min() == 0:
+        if len(before) and int(np.minimum.reduce(before)) == 0:
             raise BlockStateError(f"blocks {block_ids[before == 0].tolist()} are free: there is nothing to share")
         unheld = block_ids[before == NAMED]
         if len(unheld):
@@ -140,9 +142,9 @@ class BlockPool:
         Blocks without holders become evictable if they are named, in the order given, and free otherwise.
         Raises BlockStateError, pool unchanged, for unknown ids, ids named twice, and blocks without a holder.
         """
-        self._check_ids(block_ids)
+        block_ids = self._check_ids(block_ids)
         before = self._state[block_ids]
-        if len(before) and before.min() < HOLDER:
+        if len(before) and int(np.minimum.reduce(before)) < HOLDER:
             raise BlockStateError(f"blocks {block_ids[before < HOLDER].tolist()} have no holder: released twice?")
         self._state[block_ids] = before - HOLDER
         free = block_ids[before == HOLDER]
@@ -178,7 +180,7 @@ class BlockPool:
     def check_invariants(self) -> None:
         """Recount the pool from its tables. Raises InvariantViolation (I2). O(num_blocks)."""
         free = self._free[: self._num_free]
-        evictable = np.fromiter(self.policy.order(), np.int32)
+        evictable = np.fromiter(self.policy.order(), np.int64)
         unheld = np.flatnonzero(self._state < HOLDER)
         listed = np.sort(np.concatenate((free, evictable)))
         if not np.array_equal(listed, unheld):
@@ -197,15 +199,20 @@ class BlockPool:
             self.on_evict(block_ids)
         return block_ids
 
-    def _check_ids(self, block_ids: BlockIds) -> None:
-        """Raise BlockStateError unless these are distinct ids of blocks of this pool. O(n log n) beyond 128 ids."""
+    def _check_ids(self, block_ids: BlockIds) -> BlockIds:
+        """Return the ids as int64; BlockStateError unless they are distinct and of this pool. O(n log n) beyond 128."""
         if not isinstance(block_ids, np.ndarray) or block_ids.dtype.kind != "i" or block_ids.ndim != 1:
             raise BlockStateError(f"block ids must be one row in an integer array, found {block_ids!r:.80}")
         num = len(block_ids)
         if num == 0:
-            return
-        if block_ids.min() < 0 or block_ids.max() >= self.num_blocks:
+            return NO_BLOCKS
+        if num <= 128:  # Python's own containers beat array operations on few ids.
+            ids = set(block_ids.tolist())
+            num_distinct, lowest, highest = len(ids), min(ids), max(ids)
+        else:
+            num_distinct, lowest, highest = len(np.unique(block_ids)), block_ids.min(), block_ids.max()
+        if lowest < 0 or highest >= self.num_blocks:
             raise BlockStateError(f"block ids must be in 0..{self.num_blocks - 1}, found {block_ids.tolist()[:20]}")
-        num_distinct = len(set(block_ids.tolist())) if num <= 128 else len(np.unique(block_ids))
         if num_distinct != num:
             raise BlockStateError(f"a block is named twice in one call: {block_ids.tolist()[:20]}")
+        return block_ids.astype(np.int64, copy=False)

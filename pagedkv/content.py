@@ -104,6 +104,11 @@ class TokenContent:
 
     def key(self, block_idx: int) -> Key:
         """Name of one full block; O(1) once those before it are hashed."""
+        keys = self._keys
+        if block_idx == len(keys) and not self._extras:
+            start = block_idx * self._block_bytes
+            parent = keys[-1] if keys else self._root
+            keys.append(sha256(parent + self._data[start : start + self._block_bytes]).digest())
         return self.keys(block_idx + 1)[block_idx]
 
     def _chain_with_extras(self, key: bytes, num_blocks: int) -> None:

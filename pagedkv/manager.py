@@ -277,8 +277,8 @@ class KVCacheManager:
         return len(self._row_of)
 
     def block_table(self, sequence_id: Hashable) -> BlockIds:
-        """The sequence's blocks on the device, (num_blocks,) int32, a copy. O(blocks)."""
-        return self.memory.sequences.blocks(self.row(sequence_id)).copy()
+        """The sequence's blocks on the device, (num_blocks,) int64, a copy. O(blocks)."""
+        return self.memory.sequences.blocks(self.row(sequence_id))
 
     def num_computed(self, sequence_id: Hashable) -> int:
         """Tokens of the sequence that have a slot. O(1)."""

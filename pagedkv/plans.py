@@ -15,7 +15,7 @@ __all__ = ["NO_COPIES", "BlockCopies"]
 class BlockCopies:
     """Copy block `sources[i]` to block `targets[i]`, whole blocks, in this order.
 
-    sources, targets: (n,) int32. Within the device for copy-on-write; device to host for a swap out; host to device
+    sources, targets: (n,) int64. Within the device for copy-on-write; device to host for a swap out; host to device
     for a swap in.
     """
 
@@ -32,4 +32,4 @@ class BlockCopies:
         return BlockCopies(np.concatenate((self.sources, other.sources)), np.concatenate((self.targets, other.targets)))
 
 
-NO_COPIES = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
+NO_COPIES = BlockCopies(np.empty(0, np.int64), np.empty(0, np.int64))

@@ -56,9 +56,9 @@ class PrefixCache:
         return low
 
     def blocks(self, keys: Sequence[Key], num_keys: int) -> BlockIds:
-        """Blocks of the first `num_keys` keys, all of which are resident, (num_keys,) int32. O(num_keys)."""
+        """Blocks of the first `num_keys` keys, all of which are resident, (num_keys,) int64. O(num_keys)."""
         first = keys if len(keys) == num_keys else keys[:num_keys]
-        return np.array(list(map(self._block_of.__getitem__, first)), np.int32)
+        return np.array(list(map(self._block_of.__getitem__, first)), np.int64)
 
     def name_chain(self, keys: Sequence[Key], block_ids: BlockIds, parent_id: int) -> bool:
         """Name a run of held blocks, the first continuing `parent_id` (-1: none).
@@ -68,7 +68,7 @@ class PrefixCache:
         """
         if keys[0] in self._block_of:
             return False
-        parent_ids = np.concatenate((np.array([parent_id], np.int32), block_ids[:-1]))
+        parent_ids = np.concatenate((np.array([parent_id], np.int64), block_ids[:-1]))
         self.name_fresh(keys, block_ids, parent_ids)
         return True
 
@@ -85,7 +85,7 @@ class PrefixCache:
 
         Returns which were named, (n,) bool. O(n).
         """
-        owners = np.array(list(map(self._block_of.setdefault, keys, block_ids.tolist())), np.int32)
+        owners = np.array(list(map(self._block_of.setdefault, keys, block_ids.tolist())), np.int64)
         is_new: NDArray[np.bool_] = owners == block_ids
         if not is_new.all():
             keys = [key for key, new in zip(keys, is_new.tolist(), strict=True) if new]
@@ -109,11 +109,11 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget every name. O(named blocks)."""
         if self._block_of:
-            self.unname(np.fromiter(self._block_of.values(), np.int32, len(self._block_of)))
+            self.unname(np.fromiter(self._block_of.values(), np.int64, len(self._block_of)))
 
     def check_invariants(self) -> None:
         """Compare map and blocks in both directions (I3). O(num_blocks)."""
-        all_ids = np.arange(self._pool.num_blocks, dtype=np.int32)
+        all_ids = np.arange(self._pool.num_blocks, dtype=np.int64)
         named = np.flatnonzero(self._pool.is_named(all_ids)).tolist()
         if len(named) != len(self._block_of):
             raise InvariantViolation("I3", f"{len(self._block_of)} keys for {len(named)} named blocks")

@@ -21,7 +21,7 @@ def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
     table = memory.sequences
     rows = np.flatnonzero(table.is_live)
     held = [table.blocks(row) for row in rows.tolist()]
-    all_ids = np.arange(memory.pool.num_blocks, dtype=np.int32)
+    all_ids = np.arange(memory.pool.num_blocks)
     recount = np.bincount(np.concatenate([all_ids[:0], *held, *pins]), minlength=memory.pool.num_blocks)
     counts = memory.pool.counts(all_ids)
     if not np.array_equal(recount, counts):
@@ -30,7 +30,7 @@ def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
             "I1", f"blocks {wrong} have {counts[wrong].tolist()} holders, tables and pins {recount[wrong].tolist()}"
         )
     host_held = [memory.host_blocks[row] for row in sorted(memory.host_blocks)]
-    host_ids = np.arange(memory.host_pool.num_blocks, dtype=np.int32)
+    host_ids = np.arange(memory.host_pool.num_blocks)
     host_recount = np.bincount(np.concatenate([host_ids[:0], *host_held]), minlength=memory.host_pool.num_blocks)
     if not np.array_equal(host_recount, memory.host_pool.counts(host_ids)):
         raise InvariantViolation("I1", "host blocks are not held by exactly the sequences that are swapped out")

@@ -19,6 +19,7 @@ from pagedkv.statistics import PrefixCounters
 __all__ = ["RowMemory"]
 
 NO_STEPS = np.empty(0, np.int64)
+NO_TOKENS = np.empty(0, np.int32)
 
 
 def _by_step(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s, Int64s]:
@@ -274,7 +275,7 @@ class RowMemory:
         if total:
             # Row i takes its blocks in the steps in which it writes the first slot of a block.
             _owners, steps, order = _by_step(num_new, -starts % block_size, block_size)
-            block_ids = np.empty(total, np.int32)
+            block_ids = np.empty(total, np.int64)
             block_ids[order] = self.pool.allocate(total)
             growing = num_new.nonzero()[0]
             table.append_blocks(rows[growing], num_new[growing], block_ids)
@@ -296,8 +297,8 @@ class RowMemory:
         nth = np.arange(total) - (np.cumsum(num_filled) - num_filled)[owners]
         owners, nth = owners[order], nth[order]
         rows_filling, block_idx = rows[owners], first[owners] + nth
-        block_ids = table.block_tables[rows_filling, block_idx]
-        parent_ids = table.block_tables[rows_filling, block_idx - 1]
+        block_ids = table.blocks_at(rows_filling, block_idx)
+        parent_ids = table.blocks_at(rows_filling, block_idx - 1)
         parent_ids[block_idx == 0] = -1
         keys: list[Key] = (table.name_bases[rows_filling] - block_idx).tolist()
         self.cache.name_fresh(keys, block_ids, parent_ids)
@@ -312,7 +313,7 @@ class RowMemory:
         self.sync_content(row)
         content = table.contents[row]
         num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
-        block_ids = table.blocks(row).copy()
+        block_ids = table.blocks(row)
         self.pool.acquire(block_ids)
         if isinstance(content, SimulatedContent):
             child_content: Content = content.fork(num_known // self.block_size, self.next_serial())
@@ -336,7 +337,7 @@ class RowMemory:
             self.sync_content(row)
             content = table.contents[row]
             if isinstance(content, TokenContent):
-                content.write(num_tokens, NO_COPIES.sources)
+                content.write(num_tokens, NO_TOKENS)
                 self._load_tail(row, content, num_tokens)
             elif isinstance(content, SimulatedContent):
                 content.truncate(num_tokens // self.block_size, self.next_serial())
@@ -363,7 +364,7 @@ class RowMemory:
         host_blocks = self.host_pool.try_allocate(int(table.num_blocks[row]))
         if host_blocks is None:
             return None
-        device_blocks = table.blocks(row).copy()
+        device_blocks = table.blocks(row)
         self.pool.release(device_blocks[::-1])
         self.host_blocks[row] = host_blocks
         table.num_blocks[row] = 0
@@ -432,7 +433,7 @@ class RowMemory:
     def _name_run(self, row: int, first: int, last: int) -> None:
         table = self.sequences
         content = table.contents[row]
-        block_ids = table.block_tables[row, first:last].copy()
+        block_ids = table.block_tables[row, first:last].astype(np.int64)
         keys = content.keys(last)[first:last]  # type: ignore[union-attr]
         parent_id = int(table.block_tables[row, first - 1]) if first else -1
         if self.cache.name_chain(keys, block_ids, parent_id):
@@ -447,8 +448,8 @@ class RowMemory:
             rows, block_idx = rows[is_on_chain], block_idx[is_on_chain]
         contents = table.contents
         keys = [contents[row].key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]
-        block_ids = table.block_tables[rows, block_idx]
-        parent_ids = table.block_tables[rows, block_idx - 1]
+        block_ids = table.blocks_at(rows, block_idx)
+        parent_ids = table.blocks_at(rows, block_idx - 1)
         parent_ids[block_idx == 0] = -1
         is_new = self.cache.name_each(keys, block_ids, parent_ids)
         table.num_named[rows] += is_new
@@ -489,7 +490,7 @@ class RowMemory:
     def _copy_tails(self, rows: Rows, copied: list[int], targets: BlockIds) -> BlockCopies:
         """Put a fresh block in the place of the tail of each copied row. All rows may write into their tails then."""
         table = self.sequences
-        sources = np.empty(len(copied), np.int32)
+        sources = np.empty(len(copied), np.int64)
         for i, target in enumerate(targets.tolist()):
             row = int(rows[copied[i]])
             block_idx = int(table.num_computed[row]) // self.block_size

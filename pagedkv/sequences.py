@@ -88,8 +88,12 @@ class SequenceTable:
         self.num_live -= 1
 
     def blocks(self, row: int) -> BlockIds:
-        """The row's block table, (num_blocks,) int32, a view."""
-        return self.block_tables[row, : self.num_blocks[row]]
+        """The row's blocks, (num_blocks,) int64, a copy. O(num_blocks)."""
+        return self.block_tables[row, : self.num_blocks[row]].astype(np.int64)
+
+    def blocks_at(self, rows: Rows, block_idx: Int64s) -> BlockIds:
+        """Block `block_idx[i]` of row `rows[i]`, (n,) int64. O(n)."""
+        return self.block_tables[rows, block_idx].astype(np.int64)
 
     def append_blocks(self, rows: Rows, num_new: Int64s, block_ids: BlockIds) -> None:
         """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
@@ -123,8 +127,7 @@ class SequenceTable:
         """Slot of token `positions[i]` of row `rows[i]`: block_id * block_size + offset, (n,) int64. O(n)."""
         block_size = self.block_size
         block_idx = positions // block_size
-        blocks = self.block_tables[rows, block_idx].astype(np.int64)
-        slots: Int64s = blocks * block_size + (positions - block_idx * block_size)
+        slots: Int64s = self.blocks_at(rows, block_idx) * block_size + (positions - block_idx * block_size)
         return slots
 
     def _grow_rows(self) -> None:

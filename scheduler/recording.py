@@ -170,7 +170,7 @@ def _make_scheduler(header: dict[str, Any], sink: EventSink | None) -> Scheduler
         cache = dict(header["cache"])
         cache["identity"] = CacheIdentity(**cache["identity"])
         manager = KVCacheManager(CacheConfig(**cache), eviction=make_policy(header["eviction"], cache["num_blocks"]))
-        policies = {}
+        policies: dict[str, Any] = {}
         for role in ROLES:
             fields = dict(header[role])
             policies[role] = POLICIES[fields.pop("name")](**fields)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids, cdiv
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, as_token_ids, cdiv
 from pagedkv.content import SimulatedContent
 from pagedkv.errors import (
     DuplicateIdError,
@@ -486,7 +486,7 @@ class Scheduler:
             first.num_samples = first.request.n
             self._admission.num_reserved_seats += first.num_samples - 1
 
-    def _num_written(self, row: int, num_valid: int, unwritten: NDArray[np.int32], copied: set[int]) -> int:
+    def _num_written(self, row: int, num_valid: int, unwritten: BlockIds, copied: set[int]) -> int:
         """How many leading tokens of a row surely have their K/V after its step failed."""
         blocks = self._memory.sequences.blocks(row)
         missing = np.flatnonzero(np.isin(blocks, unwritten))

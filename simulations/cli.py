@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pagedkv import PagedKVError, __version__
+from pagedkv.scheduler import EventLog, EventSink
 
 __all__ = ["app", "main"]
 
@@ -146,12 +147,10 @@ def replay(
 
 
 @contextmanager
-def _event_log(path: Path | None) -> Iterator[object | None]:
+def _event_log(path: Path | None) -> Iterator[EventSink | None]:
     if path is None:
         yield None
         return
-    from pagedkv.scheduler import EventLog
-
     with path.open("w", encoding="utf-8", newline="\n") as file:
         yield EventLog(file)
 

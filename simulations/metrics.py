@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pagedkv.simulations.run import Run
 
-__all__ = ["latencies", "summarize", "weighted_statistics"]
+__all__ = ["latencies", "summarize", "weighted_quantiles", "weighted_statistics"]
 
 PERCENTILES = (50, 90, 99)
 
@@ -27,21 +27,38 @@ def latencies(run: Run) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def weighted_statistics(values: NDArray[np.float64], counts: NDArray[np.int64]) -> dict[str, float | None]:
-    """Mean, percentiles (linear interpolation) and maximum of `values`, ascending, each occurring `counts` times."""
-    total = int(counts.sum())
-    if total == 0:
-        return {"mean": None, **{f"p{percentile}": None for percentile in PERCENTILES}, "max": None}
+def weighted_quantiles(
+    values: NDArray[np.float64], counts: NDArray[np.int64], levels: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Quantiles, at levels from 0 to 1, of `values`, ascending, each occurring `counts` times; at least one occurs.
+
+    Linear interpolation between the two nearest, as numpy's default; O(values + levels log values).
+
+    >>> weighted_quantiles(np.array([1.0, 5.0]), np.array([3, 1]), np.array([0.5, 0.9, 1.0])).tolist()
+    [1.0, 3.8, 5.0]
+    """
     ends = np.cumsum(counts)
-    figures: dict[str, float | None] = {"mean": float((values * counts).sum() / total)}
-    for percentile in PERCENTILES:
-        position = (total - 1) * percentile / 100
-        below = int(position)
-        low = values[np.searchsorted(ends, below, side="right")]
-        high = values[np.searchsorted(ends, min(below + 1, total - 1), side="right")]
-        figures[f"p{percentile}"] = float(low + (high - low) * (position - below))
-    figures["max"] = float(values[-1])
-    return figures
+    last = int(ends[-1]) - 1
+    positions = last * levels
+    below = np.floor(positions).astype(np.int64)
+    low = values[ends.searchsorted(below, side="right")]
+    high = values[ends.searchsorted(np.minimum(below + 1, last), side="right")]
+    quantiles: NDArray[np.float64] = low + (high - low) * (positions - below)
+    return quantiles
+
+
+def weighted_statistics(values: NDArray[np.float64], counts: NDArray[np.int64]) -> dict[str, float | None]:
+    """Mean, percentiles and maximum of `values`, ascending, each occurring `counts` times; None if there are none."""
+    total = int(counts.sum())
+    names = [f"p{percentile}" for percentile in PERCENTILES]
+    if total == 0:
+        return dict.fromkeys(("mean", *names, "max"))
+    quantiles = weighted_quantiles(values, counts, np.array(PERCENTILES) / 100)
+    return {
+        "mean": float((values * counts).sum() / total),
+        **dict(zip(names, quantiles.tolist(), strict=True)),
+        "max": float(values[-1]),
+    }
 
 
 def _statistics(values: NDArray[np.float64]) -> dict[str, float | None]:

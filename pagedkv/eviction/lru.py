@@ -60,7 +60,7 @@ class LRU:
 
     def remove(self, block_ids: BlockIds) -> None:
         """Leave holes where these blocks stood. O(n)."""
-        self._log[self._place[block_ids]] = -1
+        self._log[self._place[block_ids].astype(np.int64)] = -1
         self._num_holes += len(block_ids)
 
     def evict(self, num_blocks: int) -> BlockIds:
@@ -68,7 +68,7 @@ class LRU:
         head = self._head
         if self._num_holes == 0:
             self._head = head + num_blocks
-            return self._log[head : head + num_blocks].copy()
+            return self._log[head : head + num_blocks].astype(np.int64)
         width = 2 * num_blocks + 16
         while True:
             window = self._log[head : min(head + width, self._tail)]
@@ -79,7 +79,7 @@ class LRU:
         cut = int(blocks[num_blocks - 1]) + 1 if num_blocks else 0
         self._head = head + cut
         self._num_holes -= cut - num_blocks
-        return window[blocks[:num_blocks]]
+        return window[blocks[:num_blocks]].astype(np.int64)
 
     def order(self) -> Iterator[int]:
         """Evictable blocks, first to go first. O(n)."""

@@ -44,7 +44,9 @@ def to_share(share: float | None) -> str:
     if share is None or math.isnan(share):
         return UNDEFINED
     percent = 100 * share
-    return "0 %" if percent == 0 else f"{percent:.2f} %" if abs(percent) < 1 else f"{percent:.1f} %"
+    if percent == 0 or percent >= 99.95:
+        return f"{percent:.0f} %"
+    return f"{percent:.2f} %" if abs(percent) < 1 else f"{percent:.1f} %"
 
 
 def to_count(number: float | None) -> str:

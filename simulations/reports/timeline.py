@@ -53,7 +53,16 @@ class Timeline:
 
     def mean(self, values: NDArray[Any]) -> Floats:
         """Time-weighted mean of a value that each step holds while it runs. (num_intervals,)."""
+        if self.is_exact:
+            return self.maximum(values)  # No interval holds more than one step, and this way nothing is rounded.
         return self._integral(values * (self._ends - self._starts)) / np.diff(self.edges_s)
+
+    def mean_of_steps(self, values: NDArray[Any]) -> Floats:
+        """Mean over the steps, long and short ones alike; NaN where there is none. (num_intervals,)."""
+        num_steps = self._integral(np.ones(len(values)))
+        sums = self.maximum(values) if self.is_exact else self._integral(values)
+        divisors = 1.0 if self.is_exact else np.where(num_steps > 0, num_steps, 1.0)
+        return np.where(num_steps > 0, sums / divisors, np.nan)
 
     def rate(self, amounts: NDArray[Any]) -> Floats:
         """Amount per second, each step's spread evenly over its duration. (num_intervals,)."""
@@ -73,6 +82,6 @@ class Timeline:
         if not len(self):
             return np.empty(0)
         times = np.column_stack((self._starts, self._ends)).ravel()
-        totals = np.cumsum(amounts)
-        sums = np.column_stack((totals - amounts, totals)).ravel()
+        totals = np.concatenate(([0.0], np.cumsum(amounts)))
+        sums = np.column_stack((totals[:-1], totals[1:])).ravel()
         return np.diff(np.interp(self.edges_s, times, sums))

@@ -7,6 +7,7 @@ plans as storage would (swaps out, copies, swaps in, writes) and is read back th
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -78,9 +79,9 @@ class MemoryMachine(RuleBasedStateMachine):
     """Rules draw small numbers and reduce them to what exists, so that nearly every step does something."""
 
     @initialize(
-        num_blocks=st.integers(1, 10),
-        block_size=st.integers(1, 4),
-        num_host_blocks=st.integers(0, 6),
+        num_blocks=st.sampled_from((6, 8, 10, 3, 4, 5, 7, 9, 2, 1)),
+        block_size=st.sampled_from((2, 3, 2, 3, 4, 1)),
+        num_host_blocks=st.sampled_from((4, 6, 3, 5, 2, 1, 0)),
         prefix_caching=st.sampled_from((True, True, True, True, False)),
     )
     def build(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool) -> None:
@@ -92,28 +93,43 @@ class MemoryMachine(RuleBasedStateMachine):
         self.host: dict[int, object] = {}
         self.pins: list[tuple[object, ModelSequence]] = []
         self.prompts: list[tuple[int, list[int]]] = []
-        self.num_queries = self.queried_tokens = self.hit_tokens = 0
+        self.num_queries = self.queried_tokens = self.hit_tokens = self.num_crowds = 0
 
     # Opening, pinning, closing
 
-    @rule(id_=small, namespace=namespace_idx, stem=tokens_below_two, cut=st.integers(0, 8), length=st.integers(1, 17))
-    def open(self, id_: int, namespace: int, stem: int, cut: int, length: int) -> None:
-        self.open_prompt(id_, namespace, ([stem] * cut + [1 - stem] * 17)[:length])
+    @rule(
+        id_=small,
+        namespace=namespace_idx,
+        stem=tokens_below_two,
+        cut=st.integers(0, 6),
+        length=st.integers(1, 12),
+        is_computed=st.booleans(),
+    )
+    def open(self, id_: int, namespace: int, stem: int, cut: int, length: int, is_computed: bool) -> None:
+        self.open_prompt(id_, namespace, ([stem] * cut + [1 - stem] * 12)[:length], is_computed=is_computed)
 
     @precondition(lambda self: self.prompts)
-    @rule(id_=small, pick=small, more=st.lists(tokens_below_two, max_size=2))
-    def reopen(self, id_: int, pick: int, more: list[int]) -> None:
+    @rule(id_=small, pick=small, more=st.lists(tokens_below_two, max_size=2), is_computed=st.booleans())
+    def reopen(self, id_: int, pick: int, more: list[int], is_computed: bool) -> None:
         namespace, tokens = self.prompts[pick % len(self.prompts)]
-        self.open_prompt(id_, namespace, tokens + more)
+        self.open_prompt(id_, namespace, tokens + more, is_computed=is_computed)
+
+    @precondition(lambda self: self.model.sequences)
+    @rule(pick=small, token=tokens_below_two)
+    def close_and_reopen(self, pick: int, token: int) -> None:
+        """The next turn of a conversation: whatever is still cached must be hit."""
+        id_ = self.any_id(pick)
+        sequence = self.model.sequences[id_]
+        namespace, tokens = NAMESPACES.index(sequence.namespace), [*sequence.tokens, token]
+        self.close(pick)
+        self.open_prompt(id_, namespace, tokens, is_computed=True)
 
     @precondition(lambda self: self.prompts)
     @rule(pick=small, shift=st.integers(1, 2), first=small, second=small)
     def open_under_two_namespaces(self, pick: int, shift: int, first: int, second: int) -> None:
         namespace, tokens = self.prompts[pick % len(self.prompts)]
-        for id_, other in ((first, namespace), (second, (namespace + shift) % 3)):
-            self.open_prompt(id_, other, tokens)
-            if id_ in self.model.sequences and self.model.sequences[id_].host_blocks is None:
-                self.append_tokens(id_, self.model.sequences[id_].num_pending)
+        self.open_prompt(first, namespace, tokens, is_computed=True)
+        self.open_prompt(second, (namespace + shift) % 3, tokens, is_computed=True)
 
     @precondition(lambda self: self.prompts and len(self.pins) < MAX_PINS)
     @rule(pick=small, namespace=namespace_idx, more=st.lists(tokens_below_two, max_size=2))
@@ -172,10 +188,18 @@ class MemoryMachine(RuleBasedStateMachine):
     # Growing, sharing, shrinking
 
     @precondition(lambda self: self.on_device())
-    @rule(pick=small)
-    def append_all(self, pick: int) -> None:
+    @rule(pick=small, is_run=st.booleans())
+    def append_all(self, pick: int, is_run: bool) -> None:
         id_ = self.device_id(pick)
-        self.append_tokens(id_, self.model.sequences[id_].num_pending)
+        self.append_tokens(id_, self.model.sequences[id_].num_pending, is_run=is_run)
+
+    @rule(id_=small, num_spared=st.integers(0, 2))
+    def crowd(self, id_: int, num_spared: int) -> None:
+        """A sequence that shares nothing and takes all blocks but a few."""
+        self.num_crowds += 1
+        num_tokens = (self.model.num_available() - num_spared) * self.block_size
+        if id_ not in self.model.sequences and num_tokens > 0:
+            self.open_prompt(id_, 0, [1 + self.num_crowds] * num_tokens, is_computed=True)
 
     @precondition(lambda self: self.on_device())
     @rule(pick=small, num_tokens=st.integers(0, 6))
@@ -199,8 +223,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.append_tokens(id_, self.model.sequences[id_].num_pending)
 
     @precondition(lambda self: self.on_device())
-    @rule(token=tokens_below_two, is_reversed=st.booleans())
-    def decode_batch(self, token: int, is_reversed: bool) -> None:
+    @rule(token=tokens_below_two, is_reversed=st.booleans(), is_single=st.booleans())
+    def decode_batch(self, token: int, is_reversed: bool, is_single: bool) -> None:
         """One more token for every sequence on the device that is up to date, as a scheduler appends them."""
         ids = [id_ for id_ in self.on_device() if self.model.sequences[id_].num_pending <= 1]
         for id_ in ids:
@@ -209,7 +233,7 @@ class MemoryMachine(RuleBasedStateMachine):
         if is_reversed:
             ids.reverse()
         if ids:
-            self.append_batch(ids)
+            self.append_batch(ids, is_single=is_single)
 
     @precondition(lambda self: self.on_device())
     @rule(pick=small, id_=small)
@@ -217,16 +241,28 @@ class MemoryMachine(RuleBasedStateMachine):
         self.fork_sequence(self.device_id(pick), id_)
 
     @precondition(lambda self: self.on_device())
-    @rule(pick=small, id_=small, tokens=st.lists(tokens_below_two, min_size=2, max_size=2), in_batch=st.booleans())
+    @rule(
+        pick=small,
+        id_=small,
+        tokens=st.lists(tokens_below_two, min_size=2, max_size=2),
+        in_batch=st.sampled_from((True, True, False)),
+    )
     def fork_and_write_both(self, pick: int, id_: int, tokens: list[int], in_batch: bool) -> None:
+        """Fork in the middle of a block, where there is one, and let both halves go on."""
         source = self.device_id(pick)
+        if len(self.model.sequences[source].tokens) % self.block_size == 0:
+            self.extend_tokens(source, [0])
+        self.append_tokens(source, self.model.sequences[source].num_pending)
+        if id_ in self.model.sequences and id_ != source:
+            self.model.close(id_)
+            self.manager.close(id_)
         if not self.fork_sequence(source, id_):
             return
-        both = (source, id_)
+        both = [source, id_]
         for one, token in zip(both, tokens, strict=True):
             self.extend_tokens(one, [token])
         if in_batch and self.model.sequences[source].num_pending == 1:
-            self.append_batch(list(both))
+            self.append_batch(both, is_single=tokens[0] == 0)
         else:
             for one in both:
                 self.append_tokens(one, self.model.sequences[one].num_pending)
@@ -263,6 +299,16 @@ class MemoryMachine(RuleBasedStateMachine):
         self.copy_blocks(copies, self.device, self.host)
         self.model.swap_out(sequence, targets)
 
+    @precondition(lambda self: self.on_device())
+    @rule(pick=small, id_=small, num_spared=st.sampled_from((None, 0, 1, 2)))
+    def swap_out_crowd_and_swap_in(self, pick: int, id_: int, num_spared: int | None) -> None:
+        """Half of the sequence's blocks are left in the cache, unless a number is drawn."""
+        half = (len(self.model.sequences[self.device_id(pick)].blocks) + 1) // 2
+        self.swap_out(pick)
+        self.crowd(id_, half if num_spared is None else num_spared)
+        if len(self.on_device()) < len(self.model.sequences):
+            self.swap_in(pick)
+
     @precondition(lambda self: len(self.on_device()) < len(self.model.sequences))
     @rule(pick=small)
     def swap_in(self, pick: int) -> None:
@@ -285,31 +331,36 @@ class MemoryMachine(RuleBasedStateMachine):
 
     # The caller's mistakes
 
-    @rule(
-        bad_id=st.sampled_from((99, "unknown", (), None)),
-        verb=st.sampled_from(("append", "extend", "fork", "truncate", "swap_out", "swap_in", "close", "row")),
-    )
-    def name_an_unknown_sequence(self, bad_id: object, verb: str) -> None:
-        arguments = {"append": (1,), "extend": ([1],), "fork": ("fresh",), "truncate": (1,)}.get(verb, ())
-        self.refused(UnknownIdError, lambda: getattr(self.manager, verb)(bad_id, *arguments))
+    @rule(data=st.data())
+    def make_a_mistake(self, data: st.DataObject) -> None:
+        mistake = data.draw(st.sampled_from((self.misname, self.miscount, self.misprompt)))
+        mistake(data)
 
-    @precondition(lambda self: self.on_device())
-    @rule(pick=small, bad=st.sampled_from((-1, 2**63, 2**70, 1.0, float("nan"), True, None, "1")))
-    def give_a_bad_number(self, pick: int, bad: object) -> None:
-        id_ = self.device_id(pick)
+    def misname(self, data: st.DataObject) -> None:
+        """An id that was never opened."""
+        id_ = data.draw(st.sampled_from((99, "unknown", (), None)))
+        arguments = {"append": (1,), "extend": ([1],), "fork": ("fresh",), "truncate": (1,)}
+        for verb in ("append", "extend", "fork", "truncate", "swap_out", "swap_in", "close", "row"):
+            self.refused(UnknownIdError, lambda verb=verb: getattr(self.manager, verb)(id_, *arguments.get(verb, ())))
+
+    def miscount(self, data: st.DataObject) -> None:
+        """A number that is none, or out of range."""
+        bad = data.draw(st.sampled_from((-1, 2**63, 2**70, 1.0, float("nan"), True, None, "1")))
+        if not self.on_device():
+            return
+        id_ = self.device_id(0)
         self.refused(InvalidArgumentError, lambda: self.manager.append(id_, bad))
         self.refused(InvalidArgumentError, lambda: self.manager.truncate(id_, bad))
         self.refused(InvalidArgumentError, lambda: self.manager.truncate(id_, 0))
         self.refused(InvalidArgumentError, lambda: self.manager.extend(id_, [bad]))
         self.refused(InvalidArgumentError, lambda: self.manager.swap_in(id_))
 
-    @rule(bad=st.sampled_from(({"salt": bytes(65)}, {"salt": "x"}, {"adapter": b"x"}, {"extras": ("x",)})))
-    def open_with_a_bad_namespace(self, bad: dict[str, object]) -> None:
-        self.refused(InvalidArgumentError, lambda: self.manager.open("fresh", [1, 2, 3], **bad))
-
-    @rule(bad=st.sampled_from(([], [-1], [2**31], [0.5], [None], "", 7, None, [[1], [1, 2]], [[1, 2]])))
-    def open_with_a_bad_prompt(self, bad: object) -> None:
+    def misprompt(self, data: st.DataObject) -> None:
+        """A prompt or a namespace that is none."""
+        bad = data.draw(st.sampled_from(([], [-1], [2**31], [0.5], [None], "", 7, None, [[1], [1, 2]], [[1, 2]])))
         self.refused(InvalidArgumentError, lambda: self.manager.open("fresh", bad))
+        more = data.draw(st.sampled_from(({"salt": bytes(65)}, {"salt": "x"}, {"adapter": b"x"}, {"extras": ("x",)})))
+        self.refused(InvalidArgumentError, lambda: self.manager.open("fresh", [1, 2, 3], **more))
 
     # What must hold after each step
 
@@ -373,7 +424,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Empty the memory: every block must be available again."""
-        if not hasattr(self, "manager"):
+        if not hasattr(self, "manager") or sys.exc_info()[0] is not None:  # What failed already is the news.
             return
         for hit, _ in self.pins:
             hit.drop()
@@ -396,7 +447,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def any_id(self, pick: int) -> object:
         return list(self.model.sequences)[pick % len(self.model.sequences)]
 
-    def open_prompt(self, id_: int, namespace: int, tokens: list[int]) -> None:
+    def open_prompt(self, id_: int, namespace: int, tokens: list[int], *, is_computed: bool) -> None:
         salt, adapter = NAMESPACES[namespace]
         if id_ in self.model.sequences:
             self.refused(DuplicateIdError, lambda: self.manager.open(id_, tokens, salt=salt, adapter=adapter))
@@ -407,6 +458,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.admit(id_, sequence)
         if (namespace, tokens) not in self.prompts:
             self.prompts = [*self.prompts[-4:], (namespace, tokens)]
+        if is_computed:
+            self.append_tokens(id_, sequence.num_pending)
 
     def admit(self, id_: int, sequence: ModelSequence) -> None:
         self.model.sequences[id_] = sequence
@@ -418,7 +471,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.model.sequences[id_].tokens += tokens
         self.manager.extend(id_, tokens)
 
-    def append_tokens(self, id_: object, num_tokens: int) -> None:
+    def append_tokens(self, id_: object, num_tokens: int, *, is_run: bool = False) -> None:
         sequence = self.model.sequences[id_]
         start = sequence.num_computed
         num_available = self.model.num_available()
@@ -429,27 +482,37 @@ class MemoryMachine(RuleBasedStateMachine):
             expect("blocks that can be had", error.num_free, num_available)
             expect("more were requested", error.num_requested > num_available, True)
             return
+        if is_run and num_tokens:
+            self.append_run(id_, start, num_tokens, expected)
+            return
         appended = self.manager.append(id_, num_tokens)
-        copies = appended.copies
-        expect("copies on write", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
-        self.copy_blocks(copies, self.device, self.device)
+        self.copy_tails(appended.copies, expected)
         self.write(sequence, start, appended.slots.tolist())
 
-    def append_batch(self, ids: list[object]) -> None:
+    def append_run(self, id_: object, start: int, num_tokens: int, expected: list[tuple[int, int]]) -> None:
+        """As a scheduler appends a chunk of a prompt."""
+        memory, row = self.manager.memory, self.manager.row(id_)
+        self.copy_tails(memory.try_append_run(row, num_tokens), expected)
+        positions = np.arange(start, start + num_tokens)
+        slots = memory.sequences.slots(np.full(num_tokens, row), positions).tolist()
+        self.write(self.model.sequences[id_], start, slots)
+
+    def append_batch(self, ids: list[object], *, is_single: bool) -> None:
         memory = self.manager.memory
         sequences = [self.model.sequences[id_] for id_ in ids]
         starts = [sequence.num_computed for sequence in sequences]
         rows = np.array([self.manager.row(id_) for id_ in ids])
         expected = self.model.append([(sequence, 1) for sequence in sequences])
+
+        def append() -> object:
+            if is_single:
+                return memory.try_append_single(rows, memory.sequences.num_computed[rows])
+            return memory.try_append(rows, np.ones(len(ids), np.int64))
+
         if expected is None:
-            ones = np.ones(len(ids), np.int64)
-            self.unchanged(lambda: expect("try_append of rows", memory.try_append(rows, ones), None))
+            self.unchanged(lambda: expect("appending to rows", append(), None))
             return
-        copies = memory.try_append(rows, np.ones(len(ids), np.int64))
-        if copies is None:
-            raise AssertionError("try_append of rows found too few blocks")
-        expect("copies on write", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
-        self.copy_blocks(copies, self.device, self.device)
+        self.copy_tails(append(), expected)
         slots = memory.sequences.slots(rows, np.array(starts)).tolist()
         for sequence, start, slot in zip(sequences, starts, slots, strict=True):
             self.write(sequence, start, [slot])
@@ -472,6 +535,12 @@ class MemoryMachine(RuleBasedStateMachine):
         expect("tokens with slots", start + len(slots), sequence.num_computed)
         for position, slot in enumerate(slots, start):
             self.device[slot] = sequence.name(position + 1)
+
+    def copy_tails(self, copies: object, expected: list[tuple[int, int]]) -> None:
+        if copies is None:
+            raise AssertionError("blocks for these rows can be had, and were refused")
+        expect("copies on write", list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)), expected)
+        self.copy_blocks(copies, self.device, self.device)
 
     def copy_blocks(self, copies: object, source: dict[int, object], target: dict[int, object]) -> None:
         for from_block, to_block in zip(copies.sources.tolist(), copies.targets.tolist(), strict=True):

@@ -4,7 +4,8 @@ from pagedkv import CacheConfig, ConfigError, InvalidArgumentError
 
 
 @pytest.mark.parametrize(
-    ("field", "smallest", "largest"), [("num_blocks", 1, 2**28), ("block_size", 1, 2**16), ("num_host_blocks", 0, 2**28)]
+    ("field", "smallest", "largest"),
+    [("num_blocks", 1, 2**28), ("block_size", 1, 2**16), ("num_host_blocks", 0, 2**28)],
 )
 def test_each_size_has_its_documented_cap(field: str, smallest: int, largest: int) -> None:
     sizes = {"num_blocks": 4}

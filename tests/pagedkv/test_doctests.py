@@ -11,7 +11,8 @@ MODULES = sorted(
     module.name
     for package in (pagedkv, eviction)
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    if not module.ispkg and module.name != "pagedkv.storage"  # It needs torch, which this part of the tests does without.
+    if not module.ispkg
+    and module.name != "pagedkv.storage"  # It needs torch, which this part of the tests does without.
 )
 
 

@@ -1,0 +1,269 @@
+"""Figures over the time of the trace: memory, requests, tokens, steps, first tokens, prefix hits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.simulations.metrics import latencies
+from pagedkv.simulations.reports.figure import Figure, legend_above, seconds_axis
+from pagedkv.simulations.reports.quantities import time_unit, to_count, to_duration, to_share
+from pagedkv.simulations.reports.timeline import Timeline
+from pagedkv.simulations.run import Run
+
+__all__ = ["MAX_BARS", "MAX_INTERVALS", "TimeFigures"]
+
+MAX_INTERVALS = 1_000
+MAX_BARS = 120
+
+Floats = NDArray[np.float64]
+
+
+class TimeFigures:
+    """Draws a run over time. Nothing is left out silently: each caption says what a point of the line stands for."""
+
+    __slots__ = ("_edges", "_unit", "_unit_s", "run", "timeline")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.timeline = Timeline(run.steps, start_s=float(run.trace.arrival_s[0]), max_intervals=MAX_INTERVALS)
+        edges = self.timeline.edges_s
+        self._unit_s, self._unit = time_unit(float(edges[-1]) if len(self.timeline) else 0.0)
+        self._edges = edges / self._unit_s
+
+    def draw(self) -> list[Figure]:
+        """All figures that have something to show, in the order of the page; none for a run that took no time."""
+        if not len(self.timeline):
+            return []
+        found = [self.utilization(), self.requests(), self.ttft(), self.tokens(), self.prefix_hits()]
+        return [figure for figure in (*found, self.step_sizes(), self.step_durations()) if figure is not None]
+
+    def utilization(self) -> Figure:
+        """Share of the device's blocks in use."""
+        shares = self.run.steps.column("num_used_blocks") / self.run.num_blocks
+        peak = float(shares.max())
+        caption = (
+            f"Blocks held by running requests, of {to_count(self.run.num_blocks)}. Peak {to_share(peak)} "
+            f"({to_count(round(peak * self.run.num_blocks))} blocks). Flat at the top: memory is what limits the load, and "
+            f"requests wait or are preempted. Far below it: room for a larger load. Blocks kept only for reuse do not "
+            f"count. {self._resolution()}"
+        )
+        top = 1.02 if peak > 0.5 else 1.1 * peak
+        axis = {
+            "title": {"text": "blocks in use (%)"},
+            "tickformat": ".0%" if peak > 0.05 else ".2%",
+            "range": [0, top],
+        }
+        data = self._mean_and_maximum(shares, color="@blue", form=".2%")
+        return Figure("utilization", "KV utilisation", caption, data, self._layout(yaxis=axis))
+
+    def requests(self) -> Figure:
+        """Running requests; below them those that wait, and the preemptions, where there are any."""
+        steps = self.run.steps
+        running, waiting = steps.column("num_rows"), steps.column("num_waiting")
+        rows = [("running", self._mean_and_maximum(running, color="@blue", form=",.1f"))]
+        if waiting.any():
+            rows.append(("waiting", self._mean_and_maximum(waiting, color="@orange", form=",.1f")))
+        if self.run.preemptions:
+            rows.append(("preemptions", self._preemptions()))
+        layout = self._layout(barmode="stack")
+        layout["xaxis"]["anchor"] = f"y{len(rows)}"
+        data: list[dict[str, Any]] = []
+        height = 1 / (len(rows) + 0.22 * (len(rows) - 1))
+        for row, (title, traces) in enumerate(rows, start=1):
+            top = 1 - (row - 1) * 1.22 * height
+            axis = {"title": {"text": title}, "rangemode": "tozero", "domain": [max(top - height, 0), top]}
+            layout[f"yaxis{row}"] = axis
+            data += [{**trace, "yaxis": f"y{row}"} for trace in traces]
+        layout["yaxis"] = layout.pop("yaxis1")
+        caption = (
+            f"Requests with tokens in the step, at most {to_count(running.max())}, and those that waited for a seat, at "
+            f"most {to_count(waiting.max())}. Waiting that keeps rising is overload. {self._resolution()} "
+            f"{self._about_preemptions()}"
+        )
+        return Figure("requests", "Running, waiting, preempted", caption, data, layout, num_rows=len(rows))
+
+    def _preemptions(self) -> list[dict[str, Any]]:
+        edges = self._bar_edges()
+        times = np.array([event.time for event in self.run.preemptions])
+        is_swap = np.array([event.mode == "swap" for event in self.run.preemptions])
+        kinds = (("preempted, to recompute", "@red", ~is_swap), ("preempted, swapped out", "@violet", is_swap))
+        return [
+            self._bars(name, edges, np.histogram(times[chosen], edges)[0], color=color)
+            for name, color, chosen in kinds
+            if chosen.any()
+        ]
+
+    def _about_preemptions(self) -> str:
+        if not self.run.preemptions:
+            return "No request was preempted."
+        edges = self._bar_edges()
+        return (
+            f"Bars: {to_count(len(self.run.preemptions))} preemptions, those within {to_duration(edges[1] - edges[0])} "
+            f"together. Each is work done twice, or moved; many in a row mean that too many requests were admitted."
+        )
+
+    def tokens(self) -> Figure:
+        """Tokens computed per second, prompt chunks apart from the rest."""
+        steps = self.run.steps
+        rows = steps.column("num_rows")
+        coarse = Timeline(steps, start_s=float(self.timeline.edges_s[0]), max_intervals=2 * MAX_BARS)
+        bands = (
+            ("one per request and step: decoding", coarse.rate(rows), "@blue"),
+            ("beyond that: prompts", coarse.rate(steps.column("num_tokens") - rows), "@orange"),
+        )
+        data = [
+            {**self._line(name, values, color=color, form=",.0f", edges=coarse.edges_s), "stackgroup": "tokens"}
+            for name, values, color in bands
+        ]
+        for band in data:
+            band["line"] = {**band["line"], "width": 0.5}
+        resolution = "Every step is drawn." if coarse.is_exact else f"Mean of each {to_duration(coarse.interval_s)}."
+        caption = (
+            "A decoding request computes one token in a step; all tokens beyond one per request belong to prompts. So the "
+            "lower band is decoding, with one token of each prompt chunk, and the upper one prefill. Where the upper one "
+            f"is high and the lower one dips, prefill holds decoding up. {resolution}"
+        )
+        axis = {"title": {"text": "tokens computed per second"}, "rangemode": "tozero"}
+        return Figure("tokens", "Tokens computed", caption, data, self._layout(yaxis=axis))
+
+    def step_sizes(self) -> Figure:
+        """Tokens in a step."""
+        tokens = self.run.steps.column("num_tokens")
+        caption = (
+            f"Largest step: {to_count(tokens.max())} tokens. A flat top is the token budget: prompts are cut into chunks. "
+            f"{self._resolution('mean of the steps')}"
+        )
+        axis = {"title": {"text": "tokens per step"}, "rangemode": "tozero"}
+        mean = self.timeline.mean_of_steps(tokens)
+        data = self._mean_and_maximum(tokens, mean, color="@blue", form=",.0f")
+        return Figure("step-sizes", "Tokens per step", caption, data, self._layout(yaxis=axis), is_wide=False)
+
+    def step_durations(self) -> Figure:
+        """How long steps took."""
+        durations = self.run.steps.column("duration_s")
+        caption = (
+            f"Longest step: {to_duration(float(durations.max()))}. All who decode wait that long for one token, so spikes "
+            f"are what users see as stutter. {self._resolution('mean of the steps')}"
+        )
+        axis = {"title": {"text": "step duration (ms)"}, "rangemode": "tozero"}
+        mean = self.timeline.mean_of_steps(1e3 * durations)
+        data = self._mean_and_maximum(1e3 * durations, mean, color="@blue", form=",.2f")
+        return Figure("step-durations", "Step duration", caption, data, self._layout(yaxis=axis), is_wide=False)
+
+    def ttft(self) -> Figure | None:
+        """Time to first token of the requests that arrived in each stretch of time."""
+        ttft = latencies(self.run)["ttft_s"]
+        defined = ~np.isnan(ttft)
+        if not (ttft[defined] > 0).any():
+            return None
+        num_bars = int(np.clip(np.count_nonzero(defined) // 20, 1, MAX_BARS))
+        edges = self._bar_edges(num_bars)
+        bins = np.clip(edges.searchsorted(self.run.trace.arrival_s[defined], side="right") - 1, 0, num_bars - 1)
+        rows = _quantiles_by_bin(ttft[defined], bins, num_bars)
+        names = (("median", "@blue"), ("p90", "@violet"), ("slowest", "@orange"))
+        data = [
+            {**self._line(name, row, color=color, form=".3s", edges=edges), "hovertemplate": "%{y:.3s}s"}
+            for (name, color), row in zip(names, rows, strict=True)
+        ]
+        caption = (
+            f"By time of arrival, requests of {to_duration(edges[1] - edges[0])} together; gaps where none arrived. Median "
+            f"and slowest apart: long prompts, or a queue. All rising together: overload."
+        )
+        axis = seconds_axis("time to first token (log scale)", *rows)
+        return Figure("ttft", "Time to first token, by arrival", caption, data, self._layout(yaxis=axis))
+
+    def prefix_hits(self) -> Figure | None:
+        """Prompt tokens found in the prefix cache and computed, by time of first admission."""
+        log, prompts = self.run.requests, self.run.trace.prompt_tokens
+        if not log.num_hit.any():
+            return None
+        is_admitted = ~np.isnan(log.admitted_s)
+        times, hits, prompts = log.admitted_s[is_admitted], log.num_hit[is_admitted], prompts[is_admitted]
+        edges = self._bar_edges()
+        hit_sums, prompt_sums = (np.histogram(times, edges, weights=column)[0] for column in (hits, prompts))
+        totals = np.maximum(np.cumsum(prompt_sums), 1)
+        line = self._line("hit ratio so far", np.cumsum(hit_sums) / totals, color="@green", form=".1%", edges=edges)
+        data = [
+            self._bars("hit", edges, hit_sums, color="@blue"),
+            self._bars("to be computed", edges, prompt_sums - hit_sums, color="@grey"),
+            {**line, "yaxis": "y2"},
+        ]
+        caption = (
+            f"Prompt tokens of the requests first admitted in each {to_duration(edges[1] - edges[0])}: "
+            f"{to_count(hits.sum())} of {to_count(prompts.sum())} were in the cache ({to_share(hits.sum() / prompts.sum())}). "
+            f"A ratio that falls while the load is steady means that blocks are evicted before they are asked for again."
+        )
+        axis = {"title": {"text": "prompt tokens"}, "rangemode": "tozero"}
+        layout = self._layout(yaxis=axis, barmode="stack")
+        layout["yaxis2"] = {
+            "title": {"text": "hit ratio (%)"},
+            "overlaying": "y",
+            "side": "right",
+            "range": [0, 1.02],
+            "tickformat": ".0%",
+            "showgrid": False,
+        }
+        return Figure("prefix-hits", "Prefix hits", caption, data, layout)
+
+    def _resolution(self, mean: str = "mean over time, idle time counting as zero") -> str:
+        if self.timeline.is_exact:
+            return "Every step is drawn."
+        return f"Line: {mean}; shade: maximum; both within each {to_duration(self.timeline.interval_s)}."
+
+    def _bar_edges(self, num_bars: int = MAX_BARS) -> Floats:
+        """Edges of equally long stretches from the first arrival to the end. (num_bars + 1,) seconds."""
+        edges = self.timeline.edges_s
+        return np.linspace(edges[0], edges[-1], num_bars + 1)
+
+    def _layout(self, **parts: Any) -> dict[str, Any]:
+        span = [float(self._edges[0]), float(self._edges[-1])]
+        axis = {"title": {"text": f"time ({self._unit})"}, "range": span}
+        return {"xaxis": axis, "legend": legend_above(), "hovermode": "x unified", **parts}
+
+    def _line(self, name: str, values: Floats, *, color: str, form: str, edges: Floats | None = None) -> dict[str, Any]:
+        """A line of steps through one value per interval; `edges` in seconds, by default the timeline's."""
+        return {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": self._edges if edges is None else edges / self._unit_s,
+            # The last value again, for the right end. Single precision is more than a screen can show.
+            "y": np.append(values, values[-1:]).astype(np.float32),
+            "line": {"shape": "hv", "width": 1.5, "color": color},
+            "hovertemplate": f"%{{y:{form}}}",
+        }
+
+    def _mean_and_maximum(
+        self, values: Floats, mean: Floats | None = None, *, color: str, form: str
+    ) -> list[dict[str, Any]]:
+        """The mean, by default the one over time, before a shade up to the maximum; one line where both are the same."""
+        line = self._line("mean", self.timeline.mean(values) if mean is None else mean, color=color, form=form)
+        if self.timeline.is_exact:
+            return [{**line, "name": "value", "showlegend": False}]
+        maximum = self._line("maximum", self.timeline.maximum(values), color=f"{color}-faint", form=form)
+        return [{**maximum, "fill": "tozeroy", "fillcolor": f"{color}-faint"}, line]
+
+    def _bars(self, name: str, edges: Floats, counts: NDArray[Any], *, color: str) -> dict[str, Any]:
+        return {
+            "type": "bar",
+            "name": name,
+            "x": (edges[:-1] + edges[1:]) / 2 / self._unit_s,
+            "y": counts.astype(np.float64),
+            "width": float(edges[1] - edges[0]) / self._unit_s,
+            "marker": {"color": color, "line": {"width": 0}},
+            "hovertemplate": "%{y:,.0f}",
+        }
+
+
+def _quantiles_by_bin(values: Floats, bins: NDArray[np.int64], num_bins: int) -> tuple[Floats, Floats, Floats]:
+    """Median, 90th percentile (nearest rank) and maximum of the values in each bin, NaN where empty. O(n log n)."""
+    ordered = np.append(values[np.lexsort((values, bins))], np.nan)
+    counts = np.bincount(bins, minlength=num_bins)
+    ends = np.cumsum(counts)
+    last = np.where(counts > 0, ends - 1, len(values))
+    first = np.where(counts > 0, ends - counts, len(values))
+    middle, ninetieth = (first + np.ceil((last - first) * level).astype(np.int64) for level in (0.5, 0.9))
+    return ordered[middle], ordered[ninetieth], ordered[last]
