@@ -69,10 +69,10 @@ def seconds_axis(title: str, *values: NDArray[Any]) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """JSON that may stand within a `<script>` element. Arrays are in plotly's typed form: exact, small and fast.
+    r"""JSON that may stand within a `<script>` element. Arrays are in plotly's typed form: exact, small and fast.
 
     >>> to_json({"a<b": np.array([1.5])})
-    '{"a\\\\u003cb":{"dtype":"f8","bdata":"AAAAAAAA+D8="}}'
+    '{"a\\u003cb":{"dtype":"f8","bdata":"AAAAAAAA+D8="}}'
     """
     text = json.dumps(value, separators=(",", ":"), default=_to_typed, allow_nan=False)
     return text.replace("<", "\\u003c")

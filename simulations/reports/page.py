@@ -190,8 +190,8 @@ def _rejections(run: Run) -> str:
 
 def _slowest(run: Run) -> str:
     trace, log, by_request = run.trace, run.requests, latencies(run)
-    e2e = by_request["e2e_s"]
-    order = np.lexsort((np.arange(len(e2e)), -np.nan_to_num(e2e, nan=-1.0)))[:NUM_SLOWEST]
+    ttft = np.nan_to_num(by_request["ttft_s"], nan=-1.0)
+    order = np.lexsort((np.arange(len(ttft)), -ttft))[:NUM_SLOWEST]
     rows = [
         (
             to_count(request),
@@ -202,12 +202,12 @@ def _slowest(run: Run) -> str:
             to_count(log.num_preemptions[request]),
         )
         for request in order.tolist()
-        if not np.isnan(e2e[request])
+        if ttft[request] >= 0
     ]
     if not rows:
         return ""
     heads = ("request", "arrival", "prompt", "output", "queue", "TTFT", "TPOT", "E2E", "preempted")
-    return f'<h2>Slowest requests</h2><div class="panel">{_table(heads, rows)}</div>'
+    return f'<h2>Slowest to the first token</h2><div class="panel">{_table(heads, rows)}</div>'
 
 
 def _footer(summary: Mapping[str, Any]) -> str:

@@ -6,14 +6,14 @@ import math
 
 __all__ = ["UNDEFINED", "time_unit", "to_count", "to_duration", "to_rate", "to_share"]
 
-UNDEFINED = "–"
+UNDEFINED = "-"
 
 
 def to_duration(seconds: float | None) -> str:
     """Three significant digits in µs, ms or s; a dash where undefined.
 
     >>> to_duration(0.030395), to_duration(0.99996), to_duration(1789.8), to_duration(0.0), to_duration(None)
-    ('30.4 ms', '1.00 s', '1,790 s', '0 s', '–')
+    ('30.4 ms', '1.00 s', '1,790 s', '0 s', '-')
     """
     if seconds is None or math.isnan(seconds):
         return UNDEFINED
@@ -30,7 +30,7 @@ def to_rate(per_second: float | None) -> str:
     """Three significant digits without a unit; a dash where undefined.
 
     >>> to_rate(5.587), to_rate(1220.27), to_rate(None)
-    ('5.59', '1,220', '–')
+    ('5.59', '1,220', '-')
     """
     return UNDEFINED if per_second is None or math.isnan(per_second) else _to_digits(per_second)
 
@@ -39,7 +39,7 @@ def to_share(share: float | None) -> str:
     """A share of one in percent; a dash where undefined.
 
     >>> to_share(0.1218), to_share(0.0004), to_share(0.0), to_share(None)
-    ('12.2 %', '0.04 %', '0 %', '–')
+    ('12.2 %', '0.04 %', '0 %', '-')
     """
     if share is None or math.isnan(share):
         return UNDEFINED
@@ -53,7 +53,7 @@ def to_count(number: float | None) -> str:
     """A whole number, thousands apart; a dash where undefined.
 
     >>> to_count(12424297), to_count(None)
-    ('12,424,297', '–')
+    ('12,424,297', '-')
     """
     return UNDEFINED if number is None else f"{int(number):,}"
 

@@ -24,11 +24,13 @@ Floats = NDArray[np.float64]
 class TimeFigures:
     """Draws a run over time. Nothing is left out silently: each caption says what a point of the line stands for."""
 
-    __slots__ = ("_edges", "_unit", "_unit_s", "run", "timeline")
+    __slots__ = ("_coarse", "_edges", "_unit", "_unit_s", "run", "timeline")
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.timeline = Timeline(run.steps, start_s=float(run.trace.arrival_s[0]), max_intervals=MAX_INTERVALS)
+        start = float(run.trace.arrival_s[0])
+        self.timeline = Timeline(run.steps, start_s=start, max_intervals=MAX_INTERVALS)
+        self._coarse = Timeline(run.steps, start_s=start, max_intervals=2 * MAX_BARS)
         edges = self.timeline.edges_s
         self._unit_s, self._unit = time_unit(float(edges[-1]) if len(self.timeline) else 0.0)
         self._edges = edges / self._unit_s
@@ -48,7 +50,7 @@ class TimeFigures:
             f"Blocks held by running requests, of {to_count(self.run.num_blocks)}. Peak {to_share(peak)} "
             f"({to_count(round(peak * self.run.num_blocks))} blocks). Flat at the top: memory is what limits the load, and "
             f"requests wait or are preempted. Far below it: room for a larger load. Blocks kept only for reuse do not "
-            f"count. {self._resolution()}"
+            f"count. {_resolution(self.timeline)}"
         )
         top = 1.02 if peak > 0.5 else 1.1 * peak
         axis = {
@@ -56,31 +58,22 @@ class TimeFigures:
             "tickformat": ".0%" if peak > 0.05 else ".2%",
             "range": [0, top],
         }
-        data = self._mean_and_maximum(shares, color="@blue", form=".2%")
+        data = self._mean_and_maximum(shares, name="in use", color="@blue", form=".2%")
         return Figure("utilization", "KV utilisation", caption, data, self._layout(yaxis=axis))
 
     def requests(self) -> Figure:
         """Running requests; below them those that wait, and the preemptions, where there are any."""
         steps = self.run.steps
         running, waiting = steps.column("num_rows"), steps.column("num_waiting")
-        rows = [("running", self._mean_and_maximum(running, color="@blue", form=",.1f"))]
+        rows = [("running", self._mean_and_maximum(running, name="running", color="@blue", form=",.1f"))]
         if waiting.any():
-            rows.append(("waiting", self._mean_and_maximum(waiting, color="@orange", form=",.1f")))
+            rows.append(("waiting", self._mean_and_maximum(waiting, name="waiting", color="@orange", form=",.1f")))
         if self.run.preemptions:
             rows.append(("preemptions", self._preemptions()))
-        layout = self._layout(barmode="stack")
-        layout["xaxis"]["anchor"] = f"y{len(rows)}"
-        data: list[dict[str, Any]] = []
-        height = 1 / (len(rows) + 0.22 * (len(rows) - 1))
-        for row, (title, traces) in enumerate(rows, start=1):
-            top = 1 - (row - 1) * 1.22 * height
-            axis = {"title": {"text": title}, "rangemode": "tozero", "domain": [max(top - height, 0), top]}
-            layout[f"yaxis{row}"] = axis
-            data += [{**trace, "yaxis": f"y{row}"} for trace in traces]
-        layout["yaxis"] = layout.pop("yaxis1")
+        data, layout = self._stack(rows)
         caption = (
             f"Requests with tokens in the step, at most {to_count(running.max())}, and those that waited for a seat, at "
-            f"most {to_count(waiting.max())}. Waiting that keeps rising is overload. {self._resolution()} "
+            f"most {to_count(waiting.max())}. Waiting that keeps rising is overload. {_resolution(self.timeline)} "
             f"{self._about_preemptions()}"
         )
         return Figure("requests", "Running, waiting, preempted", caption, data, layout, num_rows=len(rows))
@@ -109,7 +102,7 @@ class TimeFigures:
         """Tokens computed per second, prompt chunks apart from the rest."""
         steps = self.run.steps
         rows = steps.column("num_rows")
-        coarse = Timeline(steps, start_s=float(self.timeline.edges_s[0]), max_intervals=2 * MAX_BARS)
+        coarse = self._coarse
         bands = (
             ("one per request and step: decoding", coarse.rate(rows), "@blue"),
             ("beyond that: prompts", coarse.rate(steps.column("num_tokens") - rows), "@orange"),
@@ -134,24 +127,22 @@ class TimeFigures:
         tokens = self.run.steps.column("num_tokens")
         caption = (
             f"Largest step: {to_count(tokens.max())} tokens. A flat top is the token budget: prompts are cut into chunks. "
-            f"{self._resolution('mean of the steps')}"
+            f"{_resolution(self._coarse, 'mean of the steps')}"
         )
-        axis = {"title": {"text": "tokens per step"}, "rangemode": "tozero"}
-        mean = self.timeline.mean_of_steps(tokens)
-        data = self._mean_and_maximum(tokens, mean, color="@blue", form=",.0f")
-        return Figure("step-sizes", "Tokens per step", caption, data, self._layout(yaxis=axis), is_wide=False)
+        layout = self._layout(yaxis={"title": {"text": "tokens per step"}, "rangemode": "tozero"})
+        data = self._of_steps(tokens, form=",.0f")
+        return Figure("step-sizes", "Tokens per step", caption, data, layout, is_wide=False)
 
     def step_durations(self) -> Figure:
         """How long steps took."""
         durations = self.run.steps.column("duration_s")
         caption = (
             f"Longest step: {to_duration(float(durations.max()))}. All who decode wait that long for one token, so spikes "
-            f"are what users see as stutter. {self._resolution('mean of the steps')}"
+            f"are what users see as stutter. {_resolution(self._coarse, 'mean of the steps')}"
         )
-        axis = {"title": {"text": "step duration (ms)"}, "rangemode": "tozero"}
-        mean = self.timeline.mean_of_steps(1e3 * durations)
-        data = self._mean_and_maximum(1e3 * durations, mean, color="@blue", form=",.2f")
-        return Figure("step-durations", "Step duration", caption, data, self._layout(yaxis=axis), is_wide=False)
+        layout = self._layout(yaxis={"title": {"text": "step duration (ms)"}, "rangemode": "tozero"})
+        data = self._of_steps(1e3 * durations, form=",.2f")
+        return Figure("step-durations", "Step duration", caption, data, layout, is_wide=False)
 
     def ttft(self) -> Figure | None:
         """Time to first token of the requests that arrived in each stretch of time."""
@@ -184,39 +175,39 @@ class TimeFigures:
         times, hits, prompts = log.admitted_s[is_admitted], log.num_hit[is_admitted], prompts[is_admitted]
         edges = self._bar_edges()
         hit_sums, prompt_sums = (np.histogram(times, edges, weights=column)[0] for column in (hits, prompts))
-        totals = np.maximum(np.cumsum(prompt_sums), 1)
-        line = self._line("hit ratio so far", np.cumsum(hit_sums) / totals, color="@green", form=".1%", edges=edges)
-        data = [
+        so_far = np.cumsum(hit_sums) / np.maximum(np.cumsum(prompt_sums), 1)
+        bars = [
             self._bars("hit", edges, hit_sums, color="@blue"),
             self._bars("to be computed", edges, prompt_sums - hit_sums, color="@grey"),
-            {**line, "yaxis": "y2"},
         ]
+        line = self._line("hit ratio so far", so_far, color="@green", form=".1%", edges=edges)
+        data, layout = self._stack([("prompt tokens", bars), ("hit ratio (%)", [line])])
+        layout["yaxis2"]["tickformat"] = ".0%" if so_far.max() > 0.05 else ".2%"
         caption = (
             f"Prompt tokens of the requests first admitted in each {to_duration(edges[1] - edges[0])}: "
             f"{to_count(hits.sum())} of {to_count(prompts.sum())} were in the cache ({to_share(hits.sum() / prompts.sum())}). "
             f"A ratio that falls while the load is steady means that blocks are evicted before they are asked for again."
         )
-        axis = {"title": {"text": "prompt tokens"}, "rangemode": "tozero"}
-        layout = self._layout(yaxis=axis, barmode="stack")
-        layout["yaxis2"] = {
-            "title": {"text": "hit ratio (%)"},
-            "overlaying": "y",
-            "side": "right",
-            "range": [0, 1.02],
-            "tickformat": ".0%",
-            "showgrid": False,
-        }
-        return Figure("prefix-hits", "Prefix hits", caption, data, layout)
-
-    def _resolution(self, mean: str = "mean over time, idle time counting as zero") -> str:
-        if self.timeline.is_exact:
-            return "Every step is drawn."
-        return f"Line: {mean}; shade: maximum; both within each {to_duration(self.timeline.interval_s)}."
+        return Figure("prefix-hits", "Prefix hits", caption, data, layout, num_rows=2)
 
     def _bar_edges(self, num_bars: int = MAX_BARS) -> Floats:
         """Edges of equally long stretches from the first arrival to the end. (num_bars + 1,) seconds."""
         edges = self.timeline.edges_s
         return np.linspace(edges[0], edges[-1], num_bars + 1)
+
+    def _stack(self, rows: list[tuple[str, list[dict[str, Any]]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Plots one above the other over one time axis, each with the title of its y axis and its traces."""
+        layout = self._layout(barmode="stack")
+        layout["xaxis"]["anchor"] = f"y{len(rows)}" if len(rows) > 1 else "y"
+        height = 1 / (len(rows) + 0.2 * (len(rows) - 1))
+        data: list[dict[str, Any]] = []
+        for row, (title, traces) in enumerate(rows):
+            name = f"y{row + 1}" if row else "y"
+            top = 1 - row * 1.2 * height
+            axis = {"title": {"text": title}, "rangemode": "tozero", "domain": [max(top - height, 0.0), top]}
+            layout[name.replace("y", "yaxis")] = axis
+            data += [{**trace, "yaxis": name} for trace in traces]
+        return data, layout
 
     def _layout(self, **parts: Any) -> dict[str, Any]:
         span = [float(self._edges[0]), float(self._edges[-1])]
@@ -236,15 +227,30 @@ class TimeFigures:
             "hovertemplate": f"%{{y:{form}}}",
         }
 
-    def _mean_and_maximum(
-        self, values: Floats, mean: Floats | None = None, *, color: str, form: str
-    ) -> list[dict[str, Any]]:
-        """The mean, by default the one over time, before a shade up to the maximum; one line where both are the same."""
-        line = self._line("mean", self.timeline.mean(values) if mean is None else mean, color=color, form=form)
-        if self.timeline.is_exact:
-            return [{**line, "name": "value", "showlegend": False}]
-        maximum = self._line("maximum", self.timeline.maximum(values), color=f"{color}-faint", form=form)
-        return [{**maximum, "fill": "tozeroy", "fillcolor": f"{color}-faint"}, line]
+    def _mean_and_maximum(self, values: Floats, *, name: str, color: str, form: str) -> list[dict[str, Any]]:
+        """The mean over time before a shade up to the maximum; one line where both are the same."""
+        timeline = self.timeline
+        line = self._line(name, timeline.mean(values), color=color, form=form)
+        if timeline.is_exact:
+            return [line]
+        return [
+            self._shade(f"{name}, max", timeline.maximum(values), color=color, form=form),
+            {**line, "name": f"{name}, mean"},
+        ]
+
+    def _of_steps(self, values: Floats, *, form: str) -> list[dict[str, Any]]:
+        """The mean of the steps before a shade up to the maximum, in fewer intervals: for half the width."""
+        coarse = self._coarse
+        line = self._line("mean", coarse.mean_of_steps(values), color="@blue", form=form, edges=coarse.edges_s)
+        if coarse.is_exact:
+            return [{**line, "name": "each step"}]
+        return [self._shade("max", coarse.maximum(values), color="@blue", form=form, edges=coarse.edges_s), line]
+
+    def _shade(
+        self, name: str, values: Floats, *, color: str, form: str, edges: Floats | None = None
+    ) -> dict[str, Any]:
+        line = self._line(name, values, color=f"{color}-faint", form=form, edges=edges)
+        return {**line, "fill": "tozeroy", "fillcolor": f"{color}-faint"}
 
     def _bars(self, name: str, edges: Floats, counts: NDArray[Any], *, color: str) -> dict[str, Any]:
         return {
@@ -256,6 +262,12 @@ class TimeFigures:
             "marker": {"color": color, "line": {"width": 0}},
             "hovertemplate": "%{y:,.0f}",
         }
+
+
+def _resolution(timeline: Timeline, mean: str = "mean over time, idle time counting as zero") -> str:
+    if timeline.is_exact:
+        return "Every step is drawn."
+    return f"Line: {mean}; shade: maximum; both within each {to_duration(timeline.interval_s)}."
 
 
 def _quantiles_by_bin(values: Floats, bins: NDArray[np.int64], num_bins: int) -> tuple[Floats, Floats, Floats]:

@@ -83,8 +83,9 @@ class MemoryMachine(RuleBasedStateMachine):
         block_size=st.sampled_from((2, 3, 2, 3, 4, 1)),
         num_host_blocks=st.sampled_from((4, 6, 3, 5, 2, 1, 0)),
         prefix_caching=st.sampled_from((True, True, True, True, False)),
+        length=st.integers(1, 12),
     )
-    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool) -> None:
+    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool, length: int) -> None:
         self.manager = KVCacheManager(CacheConfig(num_blocks, block_size, num_host_blocks, prefix_caching))
         self.model = MemoryModel(num_blocks, block_size, num_host_blocks, prefix_caching)
         self.block_size = block_size
@@ -94,6 +95,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.pins: list[tuple[object, ModelSequence]] = []
         self.prompts: list[tuple[int, list[int]]] = []
         self.num_queries = self.queried_tokens = self.hit_tokens = self.num_crowds = 0
+        self.open_prompt(0, 0, ([0] * 3 + [1] * 9)[:length], is_computed=True)
 
     # Opening, pinning, closing
 
@@ -131,6 +133,24 @@ class MemoryMachine(RuleBasedStateMachine):
         self.open_prompt(first, namespace, tokens, is_computed=True)
         self.open_prompt(second, (namespace + shift) % 3, tokens, is_computed=True)
 
+    @precondition(lambda self: self.prompts)
+    @rule(pick=small, first=small, second=small, tokens=st.lists(tokens_below_two, max_size=4), in_batch=st.booleans())
+    def open_twice_before_computing(
+        self, pick: int, first: int, second: int, tokens: list[int], in_batch: bool
+    ) -> None:
+        """Both compute the same blocks; one of them names nothing, and goes on naming nothing."""
+        namespace, prompt = self.prompts[pick % len(self.prompts)]
+        fresh = [id_ for id_ in dict.fromkeys((first, second)) if id_ not in self.model.sequences]
+        for id_ in fresh:
+            self.open_prompt(id_, namespace, prompt, is_computed=False)
+        if in_batch and fresh and all(self.model.sequences[id_].num_pending == 1 for id_ in fresh):
+            self.append_batch(fresh, is_single=True)
+        for id_ in fresh:
+            self.append_tokens(id_, self.model.sequences[id_].num_pending)
+        for id_ in reversed(fresh):
+            self.extend_tokens(id_, tokens)
+            self.append_tokens(id_, self.model.sequences[id_].num_pending)
+
     @precondition(lambda self: self.prompts and len(self.pins) < MAX_PINS)
     @rule(pick=small, namespace=namespace_idx, more=st.lists(tokens_below_two, max_size=2))
     def pin(self, pick: int, namespace: int, more: list[int]) -> None:
@@ -167,8 +187,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(pick=small)
     def close(self, pick: int) -> None:
         id_ = self.any_id(pick)
-        self.model.close(id_)
-        self.manager.close(id_)
+        self.close_sequence(id_)
         self.refused(UnknownIdError, lambda: self.manager.close(id_))
 
     @rule()
@@ -254,8 +273,7 @@ class MemoryMachine(RuleBasedStateMachine):
             self.extend_tokens(source, [0])
         self.append_tokens(source, self.model.sequences[source].num_pending)
         if id_ in self.model.sequences and id_ != source:
-            self.model.close(id_)
-            self.manager.close(id_)
+            self.close_sequence(id_)
         if not self.fork_sequence(source, id_):
             return
         both = [source, id_]
@@ -300,12 +318,14 @@ class MemoryMachine(RuleBasedStateMachine):
         self.model.swap_out(sequence, targets)
 
     @precondition(lambda self: self.on_device())
-    @rule(pick=small, id_=small, num_spared=st.sampled_from((None, 0, 1, 2)))
-    def swap_out_crowd_and_swap_in(self, pick: int, id_: int, num_spared: int | None) -> None:
+    @rule(pick=small, id_=small, num_spared=st.sampled_from((None, 0, 1, 2)), makes_room=st.booleans())
+    def swap_out_crowd_and_swap_in(self, pick: int, id_: int, num_spared: int | None, makes_room: bool) -> None:
         """Half of the sequence's blocks are left in the cache, unless a number is drawn."""
         half = (len(self.model.sequences[self.device_id(pick)].blocks) + 1) // 2
         self.swap_out(pick)
         self.crowd(id_, half if num_spared is None else num_spared)
+        if makes_room and id_ in self.on_device():
+            self.close_sequence(id_)
         if len(self.on_device()) < len(self.model.sequences):
             self.swap_in(pick)
 
@@ -466,6 +486,10 @@ class MemoryMachine(RuleBasedStateMachine):
         self.num_queries += 1
         self.queried_tokens += len(sequence.tokens)
         self.hit_tokens += sequence.num_computed
+
+    def close_sequence(self, id_: object) -> None:
+        self.model.close(id_)
+        self.manager.close(id_)
 
     def extend_tokens(self, id_: object, tokens: list[int]) -> None:
         self.model.sequences[id_].tokens += tokens
