@@ -68,11 +68,13 @@ class PrefixCache:
         """
         if keys[0] in self._block_of:
             return False
-        parent_ids = np.concatenate((np.array([parent_id], np.int64), block_ids[:-1]))
-        self.name_fresh(keys, block_ids, parent_ids)
+        parent_ids = block_ids
+        if self._pool.policy.tracks_names:
+            parent_ids = np.concatenate((np.array([parent_id], np.int64), block_ids[:-1]))
+        self.name_fresh(list(keys), block_ids, parent_ids)
         return True
 
-    def name_fresh(self, keys: Sequence[Key], block_ids: BlockIds, parent_ids: BlockIds) -> None:
+    def name_fresh(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> None:
         """Name held blocks; `block_ids[i]` continues `parent_ids[i]` (-1: none), and no key names a block yet. O(n)."""
         self._block_of.update(zip(keys, block_ids.tolist(), strict=True))
         self._key_of[block_ids] = keys

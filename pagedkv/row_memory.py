@@ -27,9 +27,14 @@ def _by_step(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, 
 
     Returns, for each of them in order of rows, whose it is and in which step, and the permutation into order of steps.
     """
-    owners = np.arange(len(counts)).repeat(counts)
-    nth = np.arange(len(owners)) - (counts.cumsum() - counts)[owners]
-    steps = first_steps[owners] + nth * period
+    owners = counts.nonzero()[0]
+    total = int(np.add.reduce(counts))
+    if total == len(owners):
+        steps = first_steps[owners]
+    else:
+        owners = owners.repeat(counts[owners])
+        nth = np.arange(total) - (counts.cumsum() - counts)[owners]
+        steps = first_steps[owners] + nth * period
     return owners, steps, steps.argsort(kind="stable")
 
 
@@ -278,7 +283,10 @@ class RowMemory:
             block_ids = np.empty(total, np.int64)
             block_ids[order] = self.pool.allocate(total)
             growing = num_new.nonzero()[0]
-            table.append_blocks(rows[growing], num_new[growing], block_ids)
+            if len(growing) == total:
+                table.append_single(rows[growing], block_ids)
+            else:
+                table.append_blocks(rows[growing], num_new[growing], block_ids)
             num_taken = np.bincount(steps, minlength=num_steps)
         if self.caches_prefixes:
             self._name_steps(rows, starts, stops)
@@ -293,10 +301,9 @@ class RowMemory:
         total = int(np.add.reduce(num_filled))
         if not total:
             return
-        owners, _, order = _by_step(num_filled, -(starts + 1) % block_size, block_size)
-        nth = np.arange(total) - (np.cumsum(num_filled) - num_filled)[owners]
-        owners, nth = owners[order], nth[order]
-        rows_filling, block_idx = rows[owners], first[owners] + nth
+        owners, steps, order = _by_step(num_filled, -(starts + 1) % block_size, block_size)
+        owners, steps = owners[order], steps[order]
+        rows_filling, block_idx = rows[owners], (starts[owners] + steps) // block_size
         block_ids = table.blocks_at(rows_filling, block_idx)
         parent_ids = table.blocks_at(rows_filling, block_idx - 1)
         parent_ids[block_idx == 0] = -1

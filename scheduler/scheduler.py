@@ -32,6 +32,7 @@ from pagedkv.scheduler.waiting_queue import WaitingQueue
 __all__ = ["RequestTooLargeError", "Scheduler"]
 
 NO_ROWS = np.empty(0, np.int64)
+NO_GRANTS = Grants()
 
 
 class RequestTooLargeError(InvalidArgumentError):
@@ -70,7 +71,7 @@ class Scheduler:
         self._live: dict[str, list[Sample]] = {}
         self._unforked: dict[int, Sample] = {}
         self._in_flight: StepPlan | None = None
-        self._grants = Grants()
+        self._grants = NO_GRANTS
         self._forked: list[tuple[int, Sample]] = []
         self._swapped_out: list[Sample] = []
         self._unannounced: list[Sample] = []
@@ -136,7 +137,7 @@ class Scheduler:
         self._swapped_out.clear()
         self._forked.clear()
         rows, starts, num_tokens, copies, swaps_out = self._plan_running(now)
-        self._grants = grants = Grants()
+        self._grants = grants = NO_GRANTS
         if self._admission.is_open and len(self._queue) and not self._swapped_out and not len(swaps_out):
             grants = self._grants = self._admit(rows, starts, num_tokens, now)
             if grants.rows:
@@ -436,8 +437,9 @@ class Scheduler:
             for i in self._stopped(rows, tokens):
                 finished.append((samples[i], FinishReason.STOP.value))
                 at_end[i] = False
-        if at_end.any():
-            finished += [(sample, FinishReason.LENGTH.value) for sample in samples[at_end].tolist()]
+        ending = at_end.nonzero()[0]
+        if len(ending):
+            finished += [(sample, FinishReason.LENGTH.value) for sample in samples[ending].tolist()]
         if self._num_prefill_only:
             finished += self._prefill_only(plan)
         step = self._step - 1

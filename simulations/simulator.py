@@ -24,8 +24,8 @@ CHECK_EVERY = 1000
 def load_of(plan: StepPlan) -> StepLoad:
     """Sum a plan up for a cost model. O(rows)."""
     num_rows = len(plan.rows)
-    num_tokens = int(plan.num_tokens.sum())
-    sum_starts = int(plan.starts.sum())
+    num_tokens = int(np.add.reduce(plan.num_tokens))
+    sum_starts = int(np.add.reduce(plan.starts))
     if num_tokens == num_rows:
         num_pairs = sum_starts + num_rows
     else:

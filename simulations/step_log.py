@@ -72,33 +72,35 @@ class StepLog:
 class TokenGaps:
     """Times between consecutive tokens of a request, each with how often it occurred.
 
-    All rows of a step usually share one gap, so a replay of millions of tokens keeps a few numbers per step.
+    All rows of a step usually share one gap, so a replay of millions of tokens keeps a few numbers per step. Gaps are
+    kept in chunks; `_counts[i]` is how often each gap of chunk i occurred.
     """
 
     __slots__ = ("_counts", "_gaps")
 
     def __init__(self) -> None:
         self._gaps: list[NDArray[np.float64]] = []
-        self._counts: list[NDArray[np.int64]] = []
+        self._counts: list[int] = []
 
     def add(self, gaps: NDArray[np.float64]) -> None:
         """Add one gap for each of some rows."""
-        if len(gaps) and gaps[0] == gaps[-1] and bool((gaps == gaps[0]).all()):
+        if len(gaps) > 32 and (gaps == gaps[0]).all():
             self._gaps.append(gaps[:1])
-            self._counts.append(np.array([len(gaps)]))
+            self._counts.append(len(gaps))
         else:
             self._gaps.append(gaps)
-            self._counts.append(np.ones(len(gaps), np.int64))
+            self._counts.append(1)
 
     def add_steps(self, gaps: NDArray[np.float64], num_rows: int) -> None:
         """Add (k,) gaps, each of which all `num_rows` rows saw."""
         self._gaps.append(gaps)
-        self._counts.append(np.full(len(gaps), num_rows))
+        self._counts.append(num_rows)
 
     def values(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Distinct gaps in ascending order and how often each occurred. O(n log n)."""
         if not self._gaps:
             return np.empty(0), np.empty(0, np.int64)
-        gaps, positions = np.unique(np.concatenate(self._gaps), return_inverse=True)
-        counts = np.bincount(positions, weights=np.concatenate(self._counts)).astype(np.int64)
-        return gaps, counts
+        values, positions = np.unique(np.concatenate(self._gaps), return_inverse=True)
+        weights = np.repeat(self._counts, [len(gaps) for gaps in self._gaps])
+        counts = np.bincount(positions, weights=weights).astype(np.int64)
+        return values, counts

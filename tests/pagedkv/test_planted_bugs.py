@@ -88,9 +88,8 @@ BUGS = {
     "a block is named before it is full": Bug(
         RowMemory, "_name_filled", "stops // self.block_size", "-(-stops // self.block_size)"
     ),
-    "a lookup does not pin": Bug(
-        manager_module.KVCacheManager, "_drop", "hit.block_ids[::-1]", "hit.block_ids[:0]"
-    ),
+    "a lookup does not pin": Bug(KVCacheManager, "lookup", "memory.pool.acquire(block_ids)", "pass"),
+    "dropping a hit forgets its blocks": Bug(KVCacheManager, "_drop", "hit.block_ids[::-1]", "hit.block_ids[:0]"),
     # Sequences
     "a duplicate id overwrites": Bug(KVCacheManager, "open", "if sequence_id in self._row_of:", "if False:"),
     "a fork onto a live id overwrites": Bug(KVCacheManager, "fork", "if sequence_id in self._row_of:", "if False:"),
@@ -118,6 +117,14 @@ BUGS = {
     ),
     "truncating keeps counting named blocks": Bug(
         RowMemory, "retract", "min(int(table.num_named[row]), num_computed // self.block_size)", "table.num_named[row]"
+    ),
+    # The short cuts of a scheduler
+    "single tokens are written into shared tails": Bug(
+        RowMemory, "try_append_single", "if self._num_shared_tails:", "if False:"
+    ),
+    "a run is written into a shared tail": Bug(RowMemory, "try_append_run", "if self._num_shared_tails:", "if False:"),
+    "a run off the named chain is named": Bug(
+        RowMemory, "try_append_run", "last > first == table.num_named[row]", "last > first"
     ),
     # Swapping
     "swapped in reversed": Bug(
