@@ -53,6 +53,8 @@ class SimulatedPrompt:
             )
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= MAX_CONTENT_ID:
             raise InvalidArgumentError(f"content ids must be whole numbers in 0..2^62-1, found {ids.dtype}")
+        if len(set(ids.tolist())) != num_ids:
+            raise InvalidArgumentError("a content id names its whole prefix, so it occurs once in a prompt")
 
     def block_keys(self, block_size: int) -> list[Key]:
         """Names of the prompt's full blocks of `block_size` tokens, which must divide the ids' size or be divided by it."""

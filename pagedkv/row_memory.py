@@ -18,7 +18,6 @@ from pagedkv.statistics import PrefixCounters
 
 __all__ = ["RowMemory"]
 
-NO_STEPS = np.empty(0, np.int64)
 NO_TOKENS = np.empty(0, np.int32)
 
 
@@ -262,7 +261,7 @@ class RowMemory:
         return low
 
     def append_steps(self, rows: Rows, num_steps: int) -> Int64s:
-        """Extend rows of simulated content by `num_steps + 1` known tokens, and append `num_steps`, one in each step.
+        """Append `num_steps` tokens to each row of simulated content, one in each step, each step making one more known.
 
         Blocks are taken and named in the order in which single steps would have done it: by step, then by row. The
         caller has made sure that they suffice. Returns (num_steps,) int64: blocks taken in each. O(rows + blocks).
@@ -271,8 +270,6 @@ class RowMemory:
         starts = table.num_computed[rows]
         stops = starts + num_steps
         table.num_known[rows] = stops + 1
-        if num_steps == 0:
-            return NO_STEPS
         table.num_computed[rows] = stops
         num_new = -(-stops // block_size) - table.num_blocks[rows]
         total = int(np.add.reduce(num_new))

@@ -71,6 +71,8 @@ class Scheduler:
         self._live: dict[str, list[Sample]] = {}
         self._unforked: dict[int, Sample] = {}
         self._in_flight: StepPlan | None = None
+        self._all_decode = False
+        """Whether every running row has exactly its last token left to compute."""
         self._grants = NO_GRANTS
         self._forked: list[tuple[int, Sample]] = []
         self._swapped_out: list[Sample] = []
@@ -133,6 +135,7 @@ class Scheduler:
         """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations."""
         if self._in_flight is not None:
             raise StalePlanError(f"step {self._in_flight.step} is in flight: update it or fail it first")
+        self._all_decode = False
         self._memory.begin_step()
         self._swapped_out.clear()
         self._forked.clear()
@@ -179,7 +182,13 @@ class Scheduler:
             rows = rows[is_live]
             tokens = None if tokens is None else tokens[is_live]
         self._memory.extend(rows, tokens)
-        return self._collect(plan, rows, tokens, now)
+        self._all_decode = (
+            len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
+            and not ended
+            and not self._num_token_requests
+            and self._memory.can_repeat
+        )
+        return self._collect(plan.rows, rows, tokens, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """The step was not carried out: take back what it planned, so that its rows are planned again. O(rows + blocks).
@@ -210,45 +219,32 @@ class Scheduler:
 
     # Leaps: many steps in one go, for simulated requests
 
-    def num_steps_ahead(self, plan: StepPlan) -> int:
-        """How many steps after the plan in flight are sure to decode one token of each of its rows, and nothing else.
+    def num_steps_ahead(self) -> int:
+        """How many next steps are sure to decode one token of each running row, and to do nothing else.
 
-        0 unless every running row gets a token in this step, none waits for a fork or a copy, and no waiting sample could
-        be admitted. The last of the steps is the first in which a sample ends, or the last for which there are blocks.
-        O(running).
+        0 while a step is in flight, if a row has more to compute or a sample waits that could be admitted, and where
+        tokens are real. The last of the steps is the first in which a sample ends, or the last for which there are
+        blocks. O(running).
         """
-        self._check_in_flight(plan)
-        running = self._running
-        rows = plan.rows
-        if (
-            not len(plan.sampling_rows) == len(rows) == len(running)
-            or (self._admission.is_open and len(self._queue))
-            or self._num_token_requests
-            or self._num_left_in_flight
-            or not self._memory.can_repeat
-            or not len(rows)
-        ):
+        rows = self._running.rows
+        if not self._all_decode or not len(rows) or (self._admission.is_open and len(self._queue)):
             return 0
-        num_left = int((running.max_tokens[rows] - self._memory.sequences.num_known[rows]).min())
-        return self._memory.num_affordable_steps(rows, num_left - 1) if num_left > 1 else 0
+        num_left = int(np.minimum.reduce(self._running.max_tokens[rows] - self._memory.sequences.num_known[rows]))
+        return self._memory.num_affordable_steps(rows, num_left)
 
-    def leap(self, plan: StepPlan, num_ahead: int, now: float) -> tuple[StepEvents, Int64s]:
-        """Update `plan` and take the next `num_ahead` steps too, at most `num_steps_ahead(plan)`; the last ends at `now`.
+    def leap(self, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:
+        """Take `num_steps` steps at once, 1 to `num_steps_ahead()` of them; the last ends at `now`.
 
-        Every block, name and event is what single rounds of `schedule` and `update` would have given.
-        Returns the last step's events, and (num_ahead + 1,) int64: blocks in use during each step. O(running + blocks).
+        Every block, name and event is what as many rounds of `schedule` and `update` would have given.
+        Returns the last step's events, and (num_steps,) int64: blocks in use during each step. O(running + blocks).
         """
-        self._check_in_flight(plan)
-        num_used = self._memory.pool.num_used
-        self._close_plan(plan)
-        num_new = self._memory.append_steps(plan.rows, num_ahead)
-        self._step += num_ahead
-        events = self._collect(plan, plan.rows, None, now)
-        used = np.empty(num_ahead + 1, np.int64)
-        used[0] = num_used
-        np.cumsum(num_new, out=used[1:])
-        used[1:] += num_used
-        return events, used
+        if self._in_flight is not None:
+            raise StalePlanError(f"step {self._in_flight.step} is in flight: update it or fail it first")
+        rows = self._running.rows.copy()
+        used = self._memory.append_steps(rows, num_steps).cumsum()
+        used += self._memory.pool.num_used - used[-1]
+        self._step += num_steps
+        return self._collect(rows, rows, None, now), used
 
     # Looking
 
@@ -266,6 +262,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Samples that wait for a seat, swapped ones included. O(1)."""
         return len(self._queue)
+
+    @property
+    def running_rows(self) -> Rows:
+        """(n,) int64, rows that hold a seat, in order of admission; a view, stale after the next call."""
+        return self._running.rows
 
     @property
     def block_tables(self) -> Int32s:
@@ -427,7 +428,7 @@ class Scheduler:
 
     # How a step ends
 
-    def _collect(self, plan: StepPlan, rows: Rows, tokens: Int32s | None, now: float) -> StepEvents:
+    def _collect(self, computed_rows: Rows, rows: Rows, tokens: Int32s | None, now: float) -> StepEvents:
         """End the samples that have all their tokens, or a stop token; tell what came of the step."""
         samples = self._running.samples[rows]
         known = self._memory.sequences.num_known[rows]
@@ -441,7 +442,7 @@ class Scheduler:
         if len(ending):
             finished += [(sample, FinishReason.LENGTH.value) for sample in samples[ending].tolist()]
         if self._num_prefill_only:
-            finished += self._prefill_only(plan)
+            finished += self._prefill_only(computed_rows)
         step = self._step - 1
         for sample, reason in finished:
             num_output = int(self._memory.sequences.num_known[sample.row]) - sample.num_prompt
@@ -458,10 +459,10 @@ class Scheduler:
             if token in sample.request.stop_token_ids
         ]
 
-    def _prefill_only(self, plan: StepPlan) -> list[tuple[Sample, str]]:
+    def _prefill_only(self, rows: Rows) -> list[tuple[Sample, str]]:
         table = self._memory.sequences
-        samples = self._running.samples[plan.rows].tolist()
-        computed = table.num_computed[plan.rows].tolist()
+        samples = self._running.samples[rows].tolist()
+        computed = table.num_computed[rows].tolist()
         return [
             (sample, FinishReason.LENGTH.value)
             for sample, num_computed in zip(samples, computed, strict=True)

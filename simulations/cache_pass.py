@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv import BlockPool, PrefixCache
+from pagedkv.arrays import as_int
 from pagedkv.block_keys import Key
+from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import LRU, EvictionPolicy
 
@@ -57,6 +59,7 @@ def replay_cache(
     >>> replay_cache(requests, capacity=3).num_hits
     4
     """
+    capacity = as_int("capacity", capacity, at_least=0, at_most=MAX_NUM_BLOCKS)
     pool = BlockPool(capacity, policy(capacity))
     cache = PrefixCache(pool)
     num_requests = num_lookups = num_hits = 0

@@ -34,8 +34,8 @@ def weighted_quantiles(
 
     Linear interpolation between the two nearest, as numpy's default; O(values + levels log values).
 
-    >>> weighted_quantiles(np.array([1.0, 5.0]), np.array([3, 1]), np.array([0.5, 0.9, 1.0])).tolist()
-    [1.0, 3.8, 5.0]
+    >>> weighted_quantiles(np.array([1.0, 5.0]), np.array([3, 1]), np.array([0.5, 0.75, 1.0])).tolist()
+    [1.0, 2.0, 5.0]
     """
     ends = np.cumsum(counts)
     last = int(ends[-1]) - 1
@@ -75,8 +75,8 @@ def summarize(run: Run) -> dict[str, Any]:
     makespan = float(ends[-1] - run.trace.arrival_s[0]) if len(steps) else 0.0
     durations, used = steps.column("duration_s"), steps.column("num_used_blocks")
     prompt_tokens = int(run.trace.prompt_tokens[is_finished].sum())
-    output_tokens = int(log.num_output.sum())
-    hit_tokens = int(log.num_hit.sum())
+    output_tokens = int(log.num_output[is_finished].sum())
+    hit_tokens = int(log.num_hit[is_finished].sum())
     by_request = latencies(run)
     return {
         "num_requests": len(run.trace),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from pagedkv.arrays import Rows
 from pagedkv.content import SimulatedPrompt
 from pagedkv.errors import InvariantViolation
 from pagedkv.scheduler import Request, RequestTooLargeError, Scheduler, StepEvents, StepPlan
@@ -84,6 +85,8 @@ class Simulator:
         self._num_arrived = 0
         self._request_of_row: NDArray[np.int64] = np.zeros(64, np.int64)
         self._last_token_s = np.full(len(trace), np.nan)
+        self._step_s = 1e-3
+        """Length of the last step."""
         self.log = log
         self.steps = StepLog()
         self.gaps = TokenGaps()
@@ -102,7 +105,8 @@ class Simulator:
                 clock = max(clock, arrivals[self._num_arrived])
             self._add_arrivals(clock)
             if scheduler.has_work:
-                clock = self._step(clock)
+                num_ahead = scheduler.num_steps_ahead() if self._leaps else 0
+                clock = self._leap(clock, num_ahead) if num_ahead else self._step(clock)
             num_plans += 1
             if num_plans % CHECK_EVERY == 0:
                 if checks:
@@ -113,7 +117,7 @@ class Simulator:
             scheduler.check_invariants()
 
     def _step(self, start: float) -> float:
-        """Plan and carry out one step, or several at once; returns the time at their end."""
+        """Plan and carry out one step; returns the time at its end."""
         scheduler = self._scheduler
         plan = scheduler.schedule(start)
         if not len(plan.rows):
@@ -121,44 +125,42 @@ class Simulator:
         self._note_admitted(plan)
         load = load_of(plan)
         duration = float(self._cost_model.step_time(load))
-        num_ahead = scheduler.num_steps_ahead(plan) if self._leaps else 0
-        if num_ahead and start + duration < self._arrivals[self._num_arrived]:
-            return self._leap(plan, load, start, duration, num_ahead)
         end = start + duration
         num_used = scheduler.manager.memory.pool.num_used
         num_tokens = int(load.num_tokens)
         self.steps.append((start, end - start, len(plan.rows), scheduler.num_waiting, num_tokens, num_used))
         self._add_arrivals(end)
         events = scheduler.update(plan, None, end)
-        self._note_tokens(plan, end)
+        self._note_tokens(plan.sampling_rows, end)
         self._note_finished(events, end)
         return end
 
-    def _leap(self, plan: StepPlan, load: StepLoad, start: float, duration: float, num_ahead: int) -> float:
-        """Take the step and as many of those ahead as begin before the next arrival; returns the time at their end."""
-        num_rows, num_tokens = len(plan.rows), int(load.num_tokens)
+    def _leap(self, start: float, num_ahead: int) -> float:
+        """Take as many of the steps ahead as begin before the next arrival; returns the time at their end."""
+        scheduler = self._scheduler
+        rows = scheduler.running_rows
+        num_rows = len(rows)
+        num_context = int(np.add.reduce(scheduler.manager.memory.sequences.num_computed[rows]))
         next_arrival = self._arrivals[self._num_arrived]
-        if duration and (next_arrival - start) / duration < num_ahead:
-            num_ahead = int((next_arrival - start) / duration) + 1  # Contexts grow, so steps do not get shorter.
-        num_context = load.num_context_tokens + num_rows * np.arange(1, num_ahead + 1)
-        ahead = StepLoad(num_rows, num_rows, num_rows, num_context, num_context)
-        times = np.empty(num_ahead + 2)
+        # Cost no more steps than are likely to fit before the next arrival; if more would, another leap follows.
+        num_likely = min(1.25 * (next_arrival - start) / max(self._step_s, 1e-9) + 4, num_ahead)
+        contexts = num_context + num_rows * np.arange(1, int(num_likely) + 1)
+        times = np.empty(len(contexts) + 1)
         times[0] = start
-        times[1] = duration
-        times[2:] = self._cost_model.step_time(ahead)
+        times[1:] = self._cost_model.step_time(StepLoad(num_rows, num_rows, num_rows, contexts, contexts))
         np.cumsum(times, out=times)
-        num_steps = min(num_ahead + 1, int(times[1:].searchsorted(next_arrival)) + 1)
+        num_steps = int(times[1:-1].searchsorted(next_arrival)) + 1
         times = times[: num_steps + 1]
         end = float(times[-1])
-        num_waiting = self._scheduler.num_waiting
+        num_waiting = scheduler.num_waiting
         self._add_arrivals(end)
-        events, used_blocks = self._scheduler.leap(plan, num_steps - 1, end)
+        events, used_blocks = scheduler.leap(num_steps, end)
         gaps = times[1:] - times[:-1]
-        self.steps.append((start, float(gaps[0]), num_rows, num_waiting, num_tokens, int(used_blocks[0])))
-        self.steps.append_many(times[1:-1], gaps[1:], used_blocks[1:], num_rows=num_rows, num_waiting=num_waiting)
-        self._note_tokens(plan, float(times[1]))
-        self.gaps.add_steps(gaps[1:], num_rows)
-        self._last_token_s[self._request_of_row[plan.sampling_rows]] = end
+        self._step_s = float(gaps[-1])
+        self.steps.append_many(times[:-1], gaps, used_blocks, num_rows=num_rows, num_waiting=num_waiting)
+        # Every row got a token in the step before, too, so a step's length is the gap for all.
+        self.gaps.add_steps(gaps, num_rows)
+        self._last_token_s[self._request_of_row[events.rows]] = end
         self._note_finished(events, end)
         return end
 
@@ -190,9 +192,9 @@ class Simulator:
                 self._request_of_row = np.resize(self._request_of_row, 2 * seat.row)
             self._request_of_row[seat.row] = int(seat.request_id)
 
-    def _note_tokens(self, plan: StepPlan, end: float) -> None:
+    def _note_tokens(self, rows: Rows, end: float) -> None:
         """Note the times of a step's tokens: first ones, and the gaps before the others."""
-        requests = self._request_of_row[plan.sampling_rows]
+        requests = self._request_of_row[rows]
         gaps = end - self._last_token_s[requests]
         is_first = np.isnan(gaps)
         if is_first.any():

@@ -8,10 +8,10 @@ from typing import Self
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds
+from pagedkv.arrays import BlockIds, as_int
 from pagedkv.block_keys import Key
 from pagedkv.errors import InvariantViolation
-from pagedkv.eviction.prefix_tree import PrefixTree
+from pagedkv.eviction.prefix_tree import MAX_NUM_BLOCKS, PrefixTree
 
 __all__ = ["LeafFirst"]
 
@@ -33,6 +33,7 @@ class LeafFirst(ABC):
     tracks_names = True
 
     def __init__(self, num_blocks: int) -> None:
+        num_blocks = as_int("num_blocks", num_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
         self._tree = PrefixTree(num_blocks)
         self._numbers = np.zeros(num_blocks, np.int64)
         self._view_numbers = self._numbers.data

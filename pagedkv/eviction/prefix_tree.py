@@ -7,10 +7,13 @@ import numpy as np
 from pagedkv.arrays import BlockIds
 from pagedkv.errors import InvariantViolation
 
-__all__ = ["PrefixTree"]
+__all__ = ["MAX_NUM_BLOCKS", "PrefixTree"]
+
+MAX_NUM_BLOCKS = 2**28
+"""Documented cap on the blocks of a policy, that of BlockPool."""
 
 HELD = 2**30
-"""Stands for "has a holder" in a block's blockers; no block has as many children (MAX_NUM_BLOCKS is 2**28)."""
+"""Stands for "has a holder" in a block's blockers; no block has as many children."""
 
 ROOT = -1
 """The parent of a block that starts a chain. As an index it is the last, spare entry of the table of blockers."""

@@ -59,9 +59,12 @@ def seconds_axis(title: str, *values: NDArray[Any]) -> dict[str, Any]:
     ticks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
     if is_short:
         ticks = [tick for tick in ticks if low / 2 <= tick <= 2 * high]
+    elif high / low > 1e5:
+        ticks = [tick for tick in ticks if round(math.log10(tick)) % 2 == 0]
     return {
         "type": "log",
         "title": {"text": title},
+        "tickangle": 0,
         "tickvals": ticks,
         "ticktext": [to_duration(tick).replace(".00", "").replace(".0 ", " ") for tick in ticks],
         "minor": {"ticks": "inside", "ticklen": 3, "dtick": "D1"},

@@ -60,7 +60,7 @@ def write_page(run: Run, summary: Mapping[str, Any], path: Path) -> Path:
         {"key": figure.key, "data": figure.data, "layout": figure.layout, "has_time_axis": figure.has_time_axis}
         for figure in figures
     ]
-    template = files(__package__ or "").joinpath("report_template.html").read_text(encoding="utf-8")
+    template = files("pagedkv.simulations.reports").joinpath("report_template.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         title=escape(f"{run.trace.name} - pagedkv"),
         body=body,

@@ -111,6 +111,7 @@ def test_a_simulated_prompt_refuses_an_impossible_length(num_tokens: object) -> 
         ([1.0, 2.0], 2),
         ([1, float("nan")], 2),
         ([True, False], 2),
+        ([7, 7], 2),
         (["1", "2"], 2),
         ([[1], [2]], 2),
         ([[1], [2, 3]], 2),

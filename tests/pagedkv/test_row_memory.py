@@ -106,7 +106,7 @@ def test_many_steps_at_once_are_the_same_steps_one_by_one(
     for _ in range(2):
         manager = KVCacheManager(CacheConfig(num_blocks, block_size, prefix_caching=caching))
         for i, length in enumerate(lengths):
-            manager.open(i, SimulatedPrompt(length, [9] * (length // block_size), block_size))
+            manager.open(i, SimulatedPrompt(length, list(range(50, 50 + length // block_size)), block_size))
             if (
                 manager.try_append(i, manager.memory.sequences.num_known[manager.row(i)] - manager.num_computed(i))
                 is None

@@ -256,6 +256,24 @@ class PolicyMachine(RuleBasedStateMachine):
             sequence = self.sequences[pick % len(self.sequences)]
             self.name_up_to(sequence, min(num_named, len(sequence.text)))
 
+    @rule()
+    def name_one_more_of_each(self):
+        """What a step of decoding does: every sequence names its next block, in one call; the first of equals wins."""
+        naming = [each for each in self.sequences if each.may_name and each.num_named < len(each.text)]
+        if not naming:
+            return
+        names = [each.text[: each.num_named + 1] for each in naming]
+        own = np.array([each.blocks[each.num_named] for each in naming], np.int32)
+        parents = np.array([each.blocks[each.num_named - 1] if each.num_named else -1 for each in naming], np.int32)
+        is_new = self.cache.name_each([name.encode() for name in names], own, parents)
+        for each, name, new in zip(naming, names, is_new.tolist(), strict=True):
+            assert new == (name not in self.model.holders)
+            each.may_name = new
+            if new:
+                each.num_named += 1
+                self.model.holders[name] = 1
+                self.model.policy.on_name(name)
+
     @rule(pick=picks)
     def fork(self, pick):
         """Both hold the same blocks, unnamed ones too, and leave those unnamed."""

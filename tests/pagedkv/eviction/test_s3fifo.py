@@ -82,6 +82,21 @@ def test_no_more_than_three_hits_are_remembered(chains):
     assert policy._frequencies[block] == 3
 
 
+def test_a_block_that_lost_its_name_and_came_back_as_a_ghost_stands_in_the_main_queue_only(chains):
+    cache = chains(S3FIFO(4, small_share=0.5), 4)
+    cache.use("a", "b", "c", "d", "e")  # Evicts a.
+    cache.unname("b")
+    cache.use("a")  # Takes the block that b had, and enters the main queue.
+    assert cache.order == ["c", "d", "a", "e"]
+
+
+def test_a_name_taken_from_the_small_queue_makes_it_smaller(chains):
+    cache = chains(S3FIFO(4, small_share=0.5), 4)
+    cache.use("a", "b", "c", "d", "a", "a", "b", "b", "e")  # Promotes a and b, evicts c.
+    cache.unname("d")
+    assert cache.order == ["a", "b", "e"]
+
+
 def test_a_branch_goes_from_tail_to_head(chains):
     cache = chains(S3FIFO(4), 4)
     cache.use("abc", "x")

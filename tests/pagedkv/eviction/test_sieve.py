@@ -64,5 +64,5 @@ def test_a_new_name_starts_without_a_mark(chains):
     cache = chains(SIEVE(3), 3)
     cache.use("a", "b", "a")
     cache.unname("a")
-    cache.use("c")  # Takes the block that a had.
-    assert cache.order == ["b", "c"]
+    cache.use("c", "d")  # c takes the block that a had.
+    assert cache.order == ["b", "c", "d"]
