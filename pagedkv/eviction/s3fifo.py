@@ -44,7 +44,7 @@ class S3FIFO(LeafFirst):
       main queue's turn is the next, as the small queue is then below its share.
     - The small queue's share is rounded down to whole blocks, and is at least one.
 
-    A move is paid for by a hit: O(log n) amortised for each block. About 60 bytes a block, keys not counted.
+    A move is paid for by a hit: O(log n) amortised for each block. 42 bytes a block, and heaps, keys and ghosts.
     """
 
     __slots__ = (

@@ -256,6 +256,13 @@ class PolicyMachine(RuleBasedStateMachine):
             sequence = self.sequences[pick % len(self.sequences)]
             self.name_up_to(sequence, min(num_named, len(sequence.text)))
 
+    @rule(text=st.text(alphabet="ab", min_size=1, max_size=2))
+    def name_siblings_in_one_call(self, text):
+        """Two sequences leave a common prefix in the same step."""
+        for last in "ab":
+            self.open(text + last, len(text))
+        self.name_one_more_of_each()
+
     @rule()
     def name_one_more_of_each(self):
         """What a step of decoding does: every sequence names its next block, in one call; the first of equals wins."""

@@ -1,0 +1,119 @@
+"""The command as a user meets it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
+
+
+def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagedkv", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_without_a_trace_the_sample_is_replayed_and_reports_are_written(tmp_path: Path) -> None:
+    result = run("replay", cwd=tmp_path)
+
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "requests finished       400" in result.stdout
+    names = {path.name for path in (tmp_path / "pagedkv-report").iterdir()}
+    assert names == {"summary.json", "requests.csv", "report.html", "trace.perfetto.json"}
+    assert "pagedkv-report/report.html" in result.stdout
+
+
+def test_json_is_for_machines(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+
+    result = run("replay", "t.csv", "--json", cwd=tmp_path)
+
+    assert json.loads(result.stdout)["num_finished"] == 2
+
+
+def test_help_names_every_option_and_version_is_shown(tmp_path: Path) -> None:
+    shown = run("replay", "--help", cwd=tmp_path).stdout
+
+    for option in ("--model", "--device", "--num-blocks", "--preemption", "--eviction", "--out", "--events", "--json"):
+        assert option in shown
+    assert run("--version", cwd=tmp_path).stdout.startswith("pagedkv 0.")
+    assert "traces" in run("--help", cwd=tmp_path).stdout
+
+
+MALFORMED = {
+    "empty": b"",
+    "header only": HEADER.encode(),
+    "nan": (HEADER + "nan,10,2\n").encode(),
+    "negative": (HEADER + "0.0,-10,2\n").encode(),
+    "1e30": (HEADER + "0.0,1e30,2\n").encode(),
+    "2^70": (HEADER + f"0.0,{2**70},2\n").encode(),
+    "missing column": b"arrival_s,prompt_tokens\n0.0,10\n",
+    "wrong type": (HEADER + "0.0,ten,2\n").encode(),
+    "too few fields": (HEADER + "0.0,10\n").encode(),
+    "unsorted": (HEADER + "1.0,10,2\n0.5,10,2\n").encode(),
+    "deep json": b'{"arrival_s":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+    "truncated gzip": gzip.compress(GOOD.encode() * 50)[:60],
+    "not utf-8": b"\xff\xfe\x00bad\n",
+    "binary": bytes(range(256)) * 8,
+    "inner blank line": (HEADER + "0.0,10,2\n\n0.5,20,3\n").encode(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MALFORMED))
+def test_a_malformed_trace_is_one_clear_line_and_exit_code_2(tmp_path: Path, name: str) -> None:
+    (tmp_path / "bad").write_bytes(MALFORMED[name])
+
+    result = run("replay", "bad", cwd=tmp_path)
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: bad")
+    assert "expected" in result.stderr
+    assert "found" in result.stderr
+    assert len(result.stderr) < 500
+    assert not (tmp_path / "pagedkv-report").exists()
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD, GOOD.replace("\n", "\r\n"), "\ufeff" + GOOD], ids=["plain", "crlf", "byte order mark"]
+)
+def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_bytes(text.encode())
+
+    result = run("replay", "t.csv", "--json", cwd=tmp_path)
+
+    assert json.loads(result.stdout)["prompt_tokens"] == 30
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("replay", "absent.csv"),
+        ("replay", "--model", "GPT-9"),
+        ("replay", "--num-blocks", "0"),
+        ("replay", "--watermark", "nan"),
+        ("replay", "--limit", "0"),
+        ("replay", "--rate-scale", "-1"),
+        ("replay", "--policy", "lifo"),
+        ("replay", "--model", "Llama-3-70B", "--device", "RTX-4090"),
+        ("replay", "--out", "file"),
+        ("replay", "--events", "absent/events.jsonl"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    result = run(*arguments, cwd=tmp_path)
+
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
