@@ -210,7 +210,9 @@ class BlockPool:
             ids = set(block_ids.tolist())
             num_distinct, lowest, highest = len(ids), min(ids), max(ids)
         else:
-            num_distinct, lowest, highest = len(np.unique(block_ids)), block_ids.min(), block_ids.max()
+            ordered = np.sort(block_ids)
+            num_distinct = num - int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+            lowest, highest = ordered[0], ordered[-1]
         if lowest < 0 or highest >= self.num_blocks:
             raise BlockStateError(f"block ids must be in 0..{self.num_blocks - 1}, found {block_ids.tolist()[:20]}")
         if num_distinct != num:

@@ -84,7 +84,7 @@ def _count_table(summary: Mapping[str, Any]) -> Table:
 def _counts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     preemptions = to_count(summary["num_preemptions"])
     if summary["num_swaps"]:
-        preemptions += f" ({to_count(summary['num_swaps'])} swaps)"
+        preemptions += f" (swaps: {to_count(summary['num_swaps'])})"
     return [
         ("requests finished", to_count(summary["num_finished"])),
         ("requests rejected", to_count(summary["num_rejected"])),

@@ -94,7 +94,7 @@ class TimeFigures:
             return "No request was preempted."
         edges = self._bar_edges()
         return (
-            f"Bars: {to_count(len(self.run.preemptions))} preemptions, those within {to_duration(edges[1] - edges[0])} "
+            f"Bars: preemptions, {to_count(len(self.run.preemptions))} in all, those within {to_duration(edges[1] - edges[0])} "
             f"together. Each is work done twice, or moved; many in a row mean that too many requests were admitted."
         )
 

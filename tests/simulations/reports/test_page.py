@@ -67,7 +67,7 @@ def test_the_page_shows_the_trace_the_configuration_and_the_figures(run: Run, tm
     text = Reader(without_plotly(write(run, tmp_path))).text
     for shown in ("three", run.trace.digest, "cost_model.base_s", "simulated, not measured", "23.3 %", "2.35 s"):
         assert shown in text
-    for shown in ("Rejected requests: 1", "need 26 blocks of 4", "1 preemptions", "Slowest to the first token"):
+    for shown in ("Rejected requests: 1", "need 26 blocks of 4", "preemptions, 1 in all", "Slowest to the first token"):
         assert shown in text
 
 

@@ -91,6 +91,7 @@ def test_what_is_left_out_is_counted(run: Run, tmp_path: Path, monkeypatch: pyte
     about = document["otherData"]
     assert (about["requests_shown"], about["requests_left_out"], about["preemptions_left_out"]) == (1, 1, 1)
     assert len([span for span in spans(document) if span[0] == "request"]) == 1
+    assert len([event for event in document["traceEvents"] if (event["name"], event["pid"]) == ("preemption", 1)]) == 1
 
 
 def test_long_runs_have_the_maximum_of_each_interval(long_run: Run, tmp_path: Path) -> None:
