@@ -91,7 +91,7 @@ def _cards(run: Run, summary: Mapping[str, Any]) -> str:
     ttft, tpot, e2e = summary["ttft_s"], summary["tpot_s"], summary["e2e_s"]
     num_preempted = int(np.count_nonzero(run.requests.num_preemptions))
     num_rejected = summary["num_rejected"]
-    has_content = run.trace.content_block_size is not None
+    has_content = run.trace.content_block_size is not None or summary["prefix_hit_tokens"] > 0
     swaps = f", {to_count(summary['num_swaps'])} by swapping" if summary["num_swaps"] else ""
     cards = [
         ("TTFT, median", to_duration(ttft["p50"]), f"p99 {to_duration(ttft['p99'])}", False),

@@ -216,14 +216,19 @@ class TimeFigures:
 
     def _line(self, name: str, values: Floats, *, color: str, form: str, edges: Floats | None = None) -> dict[str, Any]:
         """A line of steps through one value per interval; `edges` in seconds, by default the timeline's."""
+        x = self._edges if edges is None else edges / self._unit_s
+        if np.isnan(values).any():
+            # Both ends of each interval: plotly's own steps would not draw the interval before a gap.
+            x, y, shape = np.repeat(x, 2)[1:-1], np.repeat(values, 2), "linear"
+        else:
+            y, shape = np.append(values, values[-1:]), "hv"
         return {
             "type": "scatter",
             "mode": "lines",
             "name": name,
-            "x": self._edges if edges is None else edges / self._unit_s,
-            # The last value again, for the right end. Single precision is more than a screen can show.
-            "y": np.append(values, values[-1:]).astype(np.float32),
-            "line": {"shape": "hv", "width": 1.5, "color": color},
+            "x": x,
+            "y": y.astype(np.float32),  # More than a screen can show.
+            "line": {"shape": shape, "width": 1.5, "color": color},
             "hovertemplate": f"%{{y:{form}}}",
         }
 
@@ -270,12 +275,10 @@ def _resolution(timeline: Timeline, mean: str = "mean over time, idle time count
     return f"Line: {mean}; shade: maximum; both within each {to_duration(timeline.interval_s)}."
 
 
-def _quantiles_by_bin(values: Floats, bins: NDArray[np.int64], num_bins: int) -> tuple[Floats, Floats, Floats]:
+def _quantiles_by_bin(values: Floats, bins: NDArray[np.int64], num_bins: int) -> list[Floats]:
     """Median, 90th percentile (nearest rank) and maximum of the values in each bin, NaN where empty. O(n log n)."""
     ordered = np.append(values[np.lexsort((values, bins))], np.nan)
     counts = np.bincount(bins, minlength=num_bins)
-    ends = np.cumsum(counts)
-    last = np.where(counts > 0, ends - 1, len(values))
-    first = np.where(counts > 0, ends - counts, len(values))
-    middle, ninetieth = (first + np.ceil((last - first) * level).astype(np.int64) for level in (0.5, 0.9))
-    return ordered[middle], ordered[ninetieth], ordered[last]
+    firsts = np.cumsum(counts) - counts
+    ranks = (np.ceil(counts * level).astype(np.int64) for level in (0.5, 0.9, 1.0))
+    return [ordered[np.where(counts > 0, firsts + rank - 1, len(values))] for rank in ranks]

@@ -99,6 +99,17 @@ def test_the_lines_are_those_of_the_steps(run: Run, tmp_path: Path) -> None:
     assert (sum(values_of(hit["y"])), sum(values_of(computed["y"]))) == (4, 8)
 
 
+def test_the_interval_before_a_gap_is_drawn(run: Run, tmp_path: Path) -> None:
+    (sizes,) = figures_of(write(run, tmp_path))["step-sizes"]["data"]
+    assert (values_of(sizes["x"]), sizes["line"]["shape"]) == ([0, 1, 1, 2, 2, 4, 4, 6], "linear")
+    assert values_of(sizes["y"]) == pytest.approx([4, 4, 1, 1, np.nan, np.nan, 4, 4], nan_ok=True)
+
+
+def test_first_tokens_by_arrival_are_nearest_ranks(run: Run, tmp_path: Path) -> None:
+    median, ninetieth, slowest = figures_of(write(run, tmp_path))["ttft"]["data"]
+    assert [values_of(line["y"]) for line in (median, ninetieth, slowest)] == [[1, 1], [2.5, 2.5], [2.5, 2.5]]
+
+
 def test_a_long_run_is_drawn_in_fewer_points_and_the_caption_says_so(long_run: Run, tmp_path: Path) -> None:
     page = write(long_run, tmp_path)
     maximum, mean = figures_of(page)["utilization"]["data"]
