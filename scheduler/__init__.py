@@ -6,8 +6,9 @@ from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priorit
 from pagedkv.scheduler.plan import Output, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
 from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
+from pagedkv.scheduler.refusal import RequestTooLargeError
 from pagedkv.scheduler.request import FinishReason, Request
-from pagedkv.scheduler.scheduler import RequestTooLargeError, Scheduler
+from pagedkv.scheduler.scheduler import Scheduler
 
 __all__ = [
     "FCFS",

@@ -7,7 +7,7 @@ from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler.config import SchedulerConfig
-from pagedkv.scheduler.events import Admitted, Deferred, EventSink
+from pagedkv.scheduler.events import Admitted, Deferred, Event
 from pagedkv.scheduler.running import RunningRows
 from pagedkv.scheduler.sample import Sample, SampleState
 from pagedkv.scheduler.waiting_queue import WaitingQueue
@@ -43,13 +43,12 @@ class Admission:
 
     __slots__ = (
         "_config",
+        "_events",
         "_memory",
         "_queue",
         "_running",
-        "_sink",
         "_watermark_blocks",
         "is_open",
-        "num_reserved_seats",
     )
 
     def __init__(
@@ -58,17 +57,15 @@ class Admission:
         memory: RowMemory,
         queue: WaitingQueue,
         running: RunningRows,
-        sink: EventSink | None,
+        events: list[Event],
     ) -> None:
         self._config = config
         self._memory = memory
         self._queue = queue
         self._running = running
-        self._sink = sink
+        self._events = events
         self._watermark_blocks = int(config.watermark * memory.pool.num_blocks)
         self.is_open = True
-        self.num_reserved_seats = 0
-        """Seats kept for samples that fork off running ones later."""
 
     def admit(self, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int) -> Grants:
         """Admit what fits into `budget` tokens. `num_promised` blocks belong to the rest of prompts under way.
@@ -81,7 +78,7 @@ class Admission:
         self.is_open = False
         while len(queue) > len(blocked):
             sample = queue.first(len(blocked) + 1)[-1]
-            if len(self._running) + self.num_reserved_seats + sample.num_samples > self._config.max_num_running:
+            if self._running.num_seats + sample.num_samples > self._config.max_num_running:
                 self._defer(sample, "no seat", now, step)
                 break
             chunk = self._chunk(sample, budget, num_prefilling)
@@ -139,13 +136,11 @@ class Admission:
         # A sample that came back keeps its seat until it has filled one more block: otherwise two samples could
         # throw each other out in turn, and each turn costs a prefill.
         self._running.add(sample, protected_until=sample.num_known + memory.block_size if resumed else 0)
-        self.num_reserved_seats += sample.num_samples - 1
         sample.deferral = ""
-        if self._sink is not None:
-            mode = "swapped in" if is_swapped else "recomputed" if resumed else "new"
-            used = memory.pool.num_used
-            request_id = sample.request.request_id
-            self._sink.emit(Admitted(now, step, request_id, sample.sample_idx, mode, sample.num_known, start, used))
+        mode = "swapped in" if is_swapped else "recomputed" if resumed else "new"
+        used = memory.pool.num_used
+        request_id = sample.request.request_id
+        self._events.append(Admitted(now, step, request_id, sample.sample_idx, mode, sample.num_known, start, used))
         return True
 
     def _open(self, sample: Sample, num_promised: int, grants: Grants) -> int:  # noqa: ARG002 - same shape as _swap_in
@@ -188,5 +183,4 @@ class Admission:
     def _defer(self, sample: Sample, reason: str, now: float, step: int) -> None:
         if sample.deferral != reason:
             sample.deferral = reason
-            if self._sink is not None:
-                self._sink.emit(Deferred(now, step, sample.request.request_id, reason))
+            self._events.append(Deferred(now, step, sample.request.request_id, reason))

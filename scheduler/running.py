@@ -1,4 +1,4 @@
-"""Columns of the running samples, indexed by row, and the order in which they were admitted."""
+"""Columns of the running samples, indexed by row, the order in which they were admitted, and the seats that they take."""
 
 from __future__ import annotations
 
@@ -18,9 +18,22 @@ class RunningRows:
     protected_until: (rows,) int64, number of known tokens below which it should not be preempted
     ranks, serials:  (rows,) its place in the queue
     samples:         (rows,) object, the sample, None where no sample runs
+    num_seats:       seats taken: one a row, and those kept for samples that are still to fork off
+    unforked:        rows whose request has more samples to come, once its prompt is computed
     """
 
-    __slots__ = ("_num_gaps", "_num_rows", "_order", "max_tokens", "protected_until", "ranks", "samples", "serials")
+    __slots__ = (
+        "_num_gaps",
+        "_num_rows",
+        "_order",
+        "max_tokens",
+        "num_seats",
+        "protected_until",
+        "ranks",
+        "samples",
+        "serials",
+        "unforked",
+    )
 
     def __init__(self, num_rows: int = 64) -> None:
         self._order: Rows = np.zeros(num_rows, np.int64)
@@ -31,6 +44,8 @@ class RunningRows:
         self.ranks: NDArray[np.float64] = np.zeros(num_rows)
         self.serials: Int64s = np.zeros(num_rows, np.int64)
         self.samples: NDArray[np.object_] = np.full(num_rows, None, object)
+        self.num_seats = 0
+        self.unforked: dict[int, Sample] = {}
 
     def __len__(self) -> int:
         return self._num_rows - self._num_gaps
@@ -55,18 +70,35 @@ class RunningRows:
             self._order = np.concatenate((self._order, np.zeros_like(self._order)))
         self._order[self._num_rows] = row
         self._num_rows += 1
+        self.num_seats += sample.num_samples
+        if sample.num_samples > 1:
+            self.unforked[row] = sample
         sample.state = SampleState.RUNNING
         self.max_tokens[row] = sample.max_tokens
         self.protected_until[row] = protected_until
         self.ranks[row], self.serials[row] = sample.place[0], sample.place[1]
         self.samples[row] = sample
 
-    def remove(self, row: int) -> None:
-        """The sample in this row stops running. Leaves a gap that the next look at `rows` closes."""
+    def remove(self, sample: Sample) -> None:
+        """A sample stops running. Leaves a gap that the next look at `rows` closes. O(running) in one array operation."""
         order = self._order[: self._num_rows]
-        order[order == row] = -1
+        order[order == sample.row] = -1
         self._num_gaps += 1
-        self.samples[row] = None
+        self.num_seats -= sample.num_samples
+        self.unforked.pop(sample.row, None)
+        self.samples[sample.row] = None
+
+    def mark_forked(self, sample: Sample) -> None:
+        """The other samples of this one's request are about to get rows, and take the seats kept for them."""
+        del self.unforked[sample.row]
+        self.num_seats -= sample.num_samples - 1
+        sample.num_samples = 1
+
+    def mark_unforked(self, sample: Sample) -> None:
+        """The other samples of this running one's request are gone again: keep seats for them."""
+        sample.num_samples = sample.request.n
+        self.num_seats += sample.num_samples - 1
+        self.unforked[sample.row] = sample
 
     def _grow(self, num_rows: int) -> None:
         old = len(self.samples)

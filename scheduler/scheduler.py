@@ -5,38 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, as_token_ids, cdiv
+from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
 from pagedkv.content import SimulatedContent
-from pagedkv.errors import (
-    DuplicateIdError,
-    InvalidArgumentError,
-    InvariantViolation,
-    StalePlanError,
-    UnknownIdError,
-)
+from pagedkv.errors import DuplicateIdError, InvalidArgumentError, InvariantViolation, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.scheduler.admission import Admission, Grants
 from pagedkv.scheduler.config import SchedulerConfig
-from pagedkv.scheduler.events import Aborted, Added, EventSink, Finished, Preempted, Refused, StepFailed
+from pagedkv.scheduler.ending import at_length, at_stop_token, prefilled
+from pagedkv.scheduler.events import Aborted, Added, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.plan import PlanInputs, Seat, StepEvents, StepPlan
-from pagedkv.scheduler.preemption import PreemptionMode, PreemptionPolicy, Recompute
-from pagedkv.scheduler.request import FinishReason, Request
+from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
+from pagedkv.scheduler.recount import check_samples
+from pagedkv.scheduler.refusal import RequestTooLargeError, reason_to_refuse
+from pagedkv.scheduler.request import Request
+from pagedkv.scheduler.rollback import retract_step
 from pagedkv.scheduler.running import RunningRows
 from pagedkv.scheduler.sample import Sample, SampleState
+from pagedkv.scheduler.shortage import Shortage
 from pagedkv.scheduler.waiting_queue import WaitingQueue
 
-__all__ = ["RequestTooLargeError", "Scheduler"]
+__all__ = ["Scheduler"]
 
 NO_ROWS = np.empty(0, np.int64)
 NO_GRANTS = Grants()
-
-
-class RequestTooLargeError(InvalidArgumentError):
-    """The request could never run, however empty the memory: refused when it is added."""
 
 
 class Scheduler:
@@ -46,6 +40,9 @@ class Scheduler:
     under one token budget. There is no prefill phase and no decode phase. Running rows come first, in order of admission,
     then waiting requests, in the queue policy's order. When blocks run short for the running rows, victims lose their
     seat one at a time until there are enough. Nothing here reads a clock; `now` only orders events and ages priorities.
+
+    Events reach the sink when the call that caused them has done its work, so a sink that raises leaves the scheduler
+    consistent; a plan that was made all the same is `in_flight`.
     """
 
     def __init__(
@@ -65,17 +62,25 @@ class Scheduler:
         self.victim = LatestArrival() if victim is None else victim
         self.preemption = Recompute() if preemption is None else preemption
         self._sink = sink
+        self._events: list[Event] = []
         self._queue = WaitingQueue()
         self._running = RunningRows()
-        self._admission = Admission(config, self._memory, self._queue, self._running, sink)
+        self._admission = Admission(config, self._memory, self._queue, self._running, self._events)
+        self._shortage = Shortage(
+            self._memory,
+            self._queue,
+            self._running,
+            victim=self.victim,
+            preemption=self.preemption,
+            events=self._events,
+        )
         self._live: dict[str, list[Sample]] = {}
-        self._unforked: dict[int, Sample] = {}
-        self._in_flight: StepPlan | None = None
+        self.in_flight: StepPlan | None = None
+        """The plan that awaits `update` or `fail`."""
         self._all_decode = False
         """Whether every running row has exactly its last token left to compute."""
         self._grants = NO_GRANTS
-        self._forked: list[tuple[int, Sample]] = []
-        self._swapped_out: list[Sample] = []
+        self._forked: list[tuple[Sample, Sample]] = []
         self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = 0
@@ -97,15 +102,25 @@ class Scheduler:
         content, num_prompt = self.manager.make_content(
             request.prompt, salt=request.salt, adapter=request.adapter, extras=request.extras
         )
-        self._refuse_if_too_large(request, num_prompt, now)
+        reason = reason_to_refuse(
+            request,
+            num_prompt,
+            self.config,
+            num_blocks=self._memory.pool.num_blocks,
+            block_size=self._memory.block_size,
+        )
+        if reason:
+            self._events.append(Refused(now, request_id, reason))
+            self._deliver()
+            raise RequestTooLargeError(f"request {request_id!r} can never run: {reason}")
         self._num_added += 1
         sample = Sample(request, content, num_prompt, rank=self.policy.rank(request, now), serial=self._num_added)
         self._live[request_id] = [sample]
         self._queue.push(sample)
         self._admission.is_open = True
         self._count_kinds(sample, 1)
-        if self._sink is not None:
-            self._sink.emit(Added(now, request_id, num_prompt, request.max_new_tokens))
+        self._events.append(Added(now, request_id, num_prompt, request.max_new_tokens))
+        self._deliver()
 
     def abort(self, request_id: str, now: float) -> None:
         """End a request in whatever state it is, and let go of all it holds. O(log waiting + blocks + running)."""
@@ -115,8 +130,8 @@ class Scheduler:
         for sample in samples:
             state = sample.state
             if state is SampleState.RUNNING:
-                if self._in_flight is not None:
-                    self._in_flight.make_inputs()
+                if self.in_flight is not None:
+                    self.in_flight.make_inputs()
                 self._leave(sample)
                 self._num_left_in_flight += 1
             else:
@@ -125,26 +140,26 @@ class Scheduler:
                     self._memory.close(sample.row)
             sample.state = SampleState.FINISHED
             self._count_kinds(sample, -1)
-            if self._sink is not None:
-                self._sink.emit(Aborted(now, request_id, state.value))
+            self._events.append(Aborted(now, request_id, state.value))
         self._admission.is_open = True
+        self._deliver()
 
     # Steps
 
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations."""
-        if self._in_flight is not None:
-            raise StalePlanError(f"step {self._in_flight.step} is in flight: update it or fail it first")
+        if self.in_flight is not None:
+            raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         self._all_decode = False
         self._memory.begin_step()
-        self._swapped_out.clear()
+        self._shortage.begin_step()
         self._forked.clear()
-        rows, starts, num_tokens, copies, swaps_out = self._plan_running(now)
+        rows, starts, num_tokens, copies = self._plan_running(now)
         self._grants = grants = NO_GRANTS
-        if self._admission.is_open and len(self._queue) and not self._swapped_out and not len(swaps_out):
+        # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
+        if self._admission.is_open and len(self._queue) and not self._shortage.preempted:
             grants = self._grants = self._admit(rows, starts, num_tokens, now)
             if grants.rows:
-                self._expect_forks(grants)
                 rows = np.concatenate((rows, np.array(grants.rows)))
                 starts = np.concatenate((starts, np.array(grants.starts)))
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
@@ -159,13 +174,14 @@ class Scheduler:
             sampling_rows=sampling_rows,
             sampling_sources=sources,
             admitted=admitted,
-            swaps_out=swaps_out,
+            swaps_out=self._shortage.swaps_out,
             copies=copies,
             swaps_in=grants.swaps_in,
             inputs=PlanInputs(self._memory),
         )
         self._step += 1
-        self._in_flight = plan
+        self.in_flight = plan
+        self._deliver()
         return plan
 
     def update(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None, now: float) -> StepEvents:
@@ -198,24 +214,15 @@ class Scheduler:
         """
         self._check_in_flight(plan)
         self._close_plan(plan)
-        for row, sibling in self._forked:
-            self._undo_fork(row, sibling)
-        unwritten = self._memory.unname_step()
-        valid = dict(zip(plan.rows.tolist(), plan.starts.tolist(), strict=True))
-        for row, num_kept in self._grants.swapped_in:
-            valid[row] = min(valid[row], num_kept)
-        copied = set(plan.copies.targets.tolist())
-        for row, num_valid in valid.items():
-            if self._running.samples[row] is not None:
-                self._memory.retract(row, self._num_written(row, num_valid, unwritten, copied))
+        for first, sibling in self._forked:
+            self._undo_fork(first, sibling)
+        retract_step(plan, self._grants.swapped_in, self._memory, self._running)
+        self._shortage.forget_swaps()
         seated = (self._running.samples[seat.row] for seat in plan.admitted)
         self._unannounced = [sample for sample in seated if sample is not None]
-        for sample in self._swapped_out:
-            if sample.state is SampleState.SWAPPED:
-                self._forget_swapped(sample)
         self._admission.is_open = True
-        if self._sink is not None:
-            self._sink.emit(StepFailed(now, plan.step, plan.num_rows, reason))
+        self._events.append(StepFailed(now, plan.step, plan.num_rows, reason))
+        self._deliver()
 
     # Leaps: many steps in one go, for simulated requests
 
@@ -238,8 +245,8 @@ class Scheduler:
         Every block, name and event is what as many rounds of `schedule` and `update` would have given.
         Returns the last step's events, and (num_steps,) int64: blocks in use during each step. O(running + blocks).
         """
-        if self._in_flight is not None:
-            raise StalePlanError(f"step {self._in_flight.step} is in flight: update it or fail it first")
+        if self.in_flight is not None:
+            raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         rows = self._running.rows.copy()
         used = self._memory.append_steps(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]
@@ -275,19 +282,19 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Recount seats, queue and memory. Raises InvariantViolation. O(blocks + requests)."""
-        check_scheduler(self)
+        samples = (sample for group in self._live.values() for sample in group)
+        check_samples(samples, self.config, self._queue, self._running, self._memory)
         self.manager.check_invariants()
 
     # How a step is planned
 
-    def _plan_running(self, now: float) -> tuple[Rows, Int64s, Int64s, BlockCopies, BlockCopies]:
+    def _plan_running(self, now: float) -> tuple[Rows, Int64s, Int64s, BlockCopies]:
         """Give the running rows their tokens and blocks, preempting until the blocks suffice."""
         table = self._memory.sequences
-        swaps_out = NO_COPIES
         while True:
             rows = self._running.rows
             if not len(rows):
-                return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES, swaps_out
+                return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES
             starts = table.num_computed[rows]
             num_tokens = table.num_known[rows] - starts
             if int(np.add.reduce(num_tokens)) == len(rows):
@@ -296,8 +303,10 @@ class Scheduler:
                 rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
                 copies = self._memory.try_append(rows, num_tokens)
             if copies is not None:
-                return rows.copy(), starts, num_tokens, copies, swaps_out
-            swaps_out += self._preempt(int(self._memory.num_blocks_to_append(rows, num_tokens).sum()), now)
+                return rows.copy(), starts, num_tokens, copies
+            num_needed = int(self._memory.num_blocks_to_append(rows, num_tokens).sum())
+            self._shortage.preempt(num_needed, now=now, step=self._step)
+            self._admission.is_open = True
 
     def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
         """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
@@ -331,10 +340,11 @@ class Scheduler:
             caught_up &= known < self._running.max_tokens[rows]
         sources = np.flatnonzero(caught_up)
         sampling_rows = rows[sources]
-        if self._unforked:
+        unforked = self._running.unforked
+        if unforked:
             for source, row in zip(sources.tolist(), sampling_rows.tolist(), strict=True):
-                if row in self._unforked:
-                    siblings = self._fork(self._unforked.pop(row))
+                if row in unforked:
+                    siblings = self._fork(unforked[row])
                     sampling_rows = np.concatenate((sampling_rows, siblings))
                     sources = np.concatenate((sources, np.full(len(siblings), source)))
         return sampling_rows, sources
@@ -348,16 +358,12 @@ class Scheduler:
         self._unannounced = []
         return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in again + samples)
 
-    def _expect_forks(self, grants: Grants) -> None:
-        for row in grants.rows:
-            sample: Sample = self._running.samples[row]
-            if sample.num_samples > 1:
-                self._unforked[row] = sample
-
     def _fork(self, sample: Sample) -> Rows:
         """The prompt of a request with several samples is computed in this step: give each of the others a row."""
         rows = []
-        for sample_idx in range(1, sample.num_samples):
+        num_samples = sample.num_samples
+        self._running.mark_forked(sample)
+        for sample_idx in range(1, num_samples):
             row = self._memory.fork(sample.row)
             content = self._memory.sequences.contents[row]
             if content is None:
@@ -366,108 +372,29 @@ class Scheduler:
             self._live[sample.request.request_id].append(sibling)
             self._running.add(sibling, protected_until=0)
             self._count_kinds(sibling, 1)
-            self._forked.append((sample.row, sibling))
+            self._forked.append((sample, sibling))
             rows.append(row)
-        self._admission.num_reserved_seats -= sample.num_samples - 1
-        sample.num_samples = 1
         return np.array(rows, np.int64)
-
-    # How samples lose their seats
-
-    def _preempt(self, num_needed: int, now: float) -> BlockCopies:
-        """Take the seat of one victim; returns the copies that move it to the host, if it is swapped out."""
-        running, memory = self._running, self._memory
-        rows = running.rows
-        unprotected = rows[memory.sequences.num_known[rows] >= running.protected_until[rows]]
-        candidates = unprotected if len(unprotected) else rows
-        row = int(candidates[self.victim.choose(running.ranks[candidates], running.serials[candidates])])
-        sample: Sample = running.samples[row]
-        num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
-        mode = self.preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
-        copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
-        sample.num_known = int(memory.sequences.num_known[row])
-        sample.num_preemptions += 1
-        if copies is None:
-            mode = PreemptionMode.RECOMPUTE
-            self._leave(sample)
-            sample.state = SampleState.WAITING
-        else:
-            self._swapped_out.append(sample)
-            self._vacate(sample)
-            sample.state = SampleState.SWAPPED
-        self._queue.push(sample)
-        if self._sink is not None:
-            self._sink.emit(
-                Preempted(
-                    time=now,
-                    step=self._step,
-                    request_id=sample.request.request_id,
-                    sample_idx=sample.sample_idx,
-                    mode=mode.value,
-                    num_computed_tokens=num_computed,
-                    num_used_before=num_used,
-                    num_used_after=memory.pool.num_used,
-                    num_needed_blocks=num_needed,
-                    reason="running requests need blocks",
-                )
-            )
-        return NO_COPIES if copies is None else copies
-
-    def _vacate(self, sample: Sample) -> None:
-        """Give up the seats of a running sample; its row stays."""
-        self._running.remove(sample.row)
-        if self._unforked.pop(sample.row, None) is not None:
-            self._admission.num_reserved_seats -= sample.num_samples - 1
-        self._admission.is_open = True
-
-    def _leave(self, sample: Sample) -> None:
-        """Give up the seats and the row of a running sample."""
-        self._vacate(sample)
-        self._memory.close(sample.row)
-        sample.row = -1
 
     # How a step ends
 
     def _collect(self, computed_rows: Rows, rows: Rows, tokens: Int32s | None, now: float) -> StepEvents:
         """End the samples that have all their tokens, or a stop token; tell what came of the step."""
         samples = self._running.samples[rows]
-        known = self._memory.sequences.num_known[rows]
-        at_end = known >= self._running.max_tokens[rows]
-        finished: list[tuple[Sample, str]] = []
+        finished = at_length(self._memory, self._running, rows)
         if self._num_with_stops and tokens is not None:
-            for i in self._stopped(rows, tokens):
-                finished.append((samples[i], FinishReason.STOP.value))
-                at_end[i] = False
-        ending = at_end.nonzero()[0]
-        if len(ending):
-            finished += [(sample, FinishReason.LENGTH.value) for sample in samples[ending].tolist()]
+            stopped = at_stop_token(self._running, rows, tokens)
+            finished = stopped + [entry for entry in finished if not any(entry[0] is sample for sample, _ in stopped)]
         if self._num_prefill_only:
-            finished += self._prefill_only(computed_rows)
+            finished += prefilled(self._memory, self._running, computed_rows)
         step = self._step - 1
         for sample, reason in finished:
             num_output = int(self._memory.sequences.num_known[sample.row]) - sample.num_prompt
             self._end(sample)
-            if self._sink is not None:
-                request_id, idx = sample.request.request_id, sample.sample_idx
-                self._sink.emit(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))
+            request_id, idx = sample.request.request_id, sample.sample_idx
+            self._events.append(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))
+        self._deliver()
         return StepEvents(step, rows, tokens, samples, tuple(finished))
-
-    def _stopped(self, rows: Rows, tokens: Int32s) -> list[int]:
-        return [
-            i
-            for i, (sample, token) in enumerate(zip(self._running.samples[rows].tolist(), tokens.tolist(), strict=True))
-            if token in sample.request.stop_token_ids
-        ]
-
-    def _prefill_only(self, rows: Rows) -> list[tuple[Sample, str]]:
-        table = self._memory.sequences
-        samples = self._running.samples[rows].tolist()
-        computed = table.num_computed[rows].tolist()
-        return [
-            (sample, FinishReason.LENGTH.value)
-            for sample, num_computed in zip(samples, computed, strict=True)
-            if sample is not None and sample.request.max_new_tokens == 0 and num_computed == sample.num_prompt
-        ]
 
     def _end(self, sample: Sample) -> None:
         self._leave(sample)
@@ -478,63 +405,31 @@ class Scheduler:
         if not samples:
             del self._live[sample.request.request_id]
 
-    # How a step is taken back
-
-    def _undo_fork(self, row: int, sibling: Sample) -> None:
-        if sibling.state is SampleState.RUNNING:
-            self._end(sibling)
-        first: Sample | None = self._running.samples[row]
-        if first is not None and row not in self._unforked:
-            self._unforked[row] = first
-            first.num_samples = first.request.n
-            self._admission.num_reserved_seats += first.num_samples - 1
-
-    def _num_written(self, row: int, num_valid: int, unwritten: BlockIds, copied: set[int]) -> int:
-        """How many leading tokens of a row surely have their K/V after its step failed."""
-        blocks = self._memory.sequences.blocks(row)
-        missing = np.flatnonzero(np.isin(blocks, unwritten))
-        if len(missing):
-            num_valid = min(num_valid, int(missing[0]) * self._memory.block_size)
-        offset = num_valid % self._memory.block_size
-        if offset and int(blocks[num_valid // self._memory.block_size]) in copied:
-            num_valid -= offset
-        return num_valid
-
-    def _forget_swapped(self, sample: Sample) -> None:
-        """The copy to the host was not made: the sample starts over."""
-        self._queue.remove(sample)
+    def _leave(self, sample: Sample) -> None:
+        """Give up the seats and the row of a running sample."""
+        self._running.remove(sample)
         self._memory.close(sample.row)
         sample.row = -1
-        sample.state = SampleState.WAITING
-        self._queue.push(sample)
+        self._admission.is_open = True
+
+    def _undo_fork(self, first: Sample, sibling: Sample) -> None:
+        if sibling.state is SampleState.RUNNING:
+            self._end(sibling)
+        if first.state is SampleState.RUNNING and first.row not in self._running.unforked:
+            self._running.mark_unforked(first)
+
+    def _deliver(self) -> None:
+        """Hand the events of this call to the sink."""
+        if self._events:
+            events, self._events[:] = self._events.copy(), []
+            if self._sink is not None:
+                for event in events:
+                    self._sink.emit(event)
 
     # Checks before anything changes
 
-    def _refuse_if_too_large(self, request: Request, num_prompt: int, now: float) -> None:
-        pool, config = self._memory.pool, self.config
-        # The K/V of the last sampled token is never computed.
-        num_tokens = num_prompt + max(request.max_new_tokens - 1, 0)
-        num_needed = cdiv(num_tokens, self._memory.block_size)
-        reason = ""
-        if num_needed > pool.num_blocks:
-            reason = (
-                f"{num_prompt} prompt + {request.max_new_tokens} new tokens need {num_needed} blocks of "
-                f"{self._memory.block_size}, the pool has {pool.num_blocks}"
-            )
-        elif request.n > config.max_num_running:
-            reason = f"{request.n} samples need as many seats, there are {config.max_num_running}"
-        elif not config.chunked_prefill and num_tokens > config.max_num_batched_tokens:
-            reason = (
-                f"up to {num_tokens} tokens must be computed in one step without chunked prefill, "
-                f"the budget is {config.max_num_batched_tokens}"
-            )
-        if reason:
-            if self._sink is not None:
-                self._sink.emit(Refused(now, request.request_id, reason))
-            raise RequestTooLargeError(f"request {request.request_id!r} can never run: {reason}")
-
     def _check_in_flight(self, plan: StepPlan) -> None:
-        if plan is not self._in_flight:
+        if plan is not self.in_flight:
             raise StalePlanError(f"step {plan.step} is not in flight: it was updated, or belongs to another scheduler")
 
     def _check_outcome(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None) -> Int32s | None:
@@ -553,7 +448,7 @@ class Scheduler:
     def _close_plan(self, plan: StepPlan) -> bool:
         """The plan is no longer in flight; returns whether samples of it were ended from outside."""
         plan.inputs.is_stale = True
-        self._in_flight = None
+        self.in_flight = None
         any_left = self._num_left_in_flight > 0
         self._num_left_in_flight = 0
         return any_left
@@ -566,23 +461,3 @@ class Scheduler:
             self._num_prefill_only += change
         if len(sample.request.stop_token_ids):
             self._num_with_stops += change
-
-
-def check_scheduler(scheduler: Scheduler) -> None:
-    """Recount seats, rows and states from the live samples."""
-    samples = [sample for group in scheduler._live.values() for sample in group]
-    running = [sample for sample in samples if sample.state is SampleState.RUNNING]
-    rows = scheduler._running.rows.tolist()
-    if sorted(rows) != sorted(sample.row for sample in running):
-        raise InvariantViolation("I15", f"rows {rows[:20]} run for {len(running)} running samples")
-    waiting = [sample for sample in samples if sample.state in (SampleState.WAITING, SampleState.SWAPPED)]
-    if sorted(sample.place for sample in waiting) != [sample.place for sample in scheduler._queue]:
-        raise InvariantViolation("I10", f"{len(waiting)} samples wait, the queue holds {len(scheduler._queue)}")
-    if len(running) + scheduler._admission.num_reserved_seats > scheduler.config.max_num_running:
-        raise InvariantViolation("I15", f"{len(running)} samples run on {scheduler.config.max_num_running} seats")
-    swapped = sorted(sample.row for sample in samples if sample.state is SampleState.SWAPPED)
-    if not set(swapped) <= set(scheduler._memory.host_blocks):
-        raise InvariantViolation("I6", f"rows {swapped[:20]} are swapped out without host blocks")
-    for sample in running:
-        if scheduler._memory.sequences.num_known[sample.row] > sample.max_tokens:
-            raise InvariantViolation("I15", f"request {sample.request.request_id!r} is longer than it may be")

@@ -84,8 +84,18 @@ class MemoryMachine(RuleBasedStateMachine):
         num_host_blocks=st.sampled_from((4, 6, 3, 5, 2, 1, 0)),
         prefix_caching=st.sampled_from((True, True, True, True, False)),
         length=st.integers(1, 12),
+        appends_runs=st.booleans(),
     )
-    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, prefix_caching: bool, length: int) -> None:
+    def build(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int,
+        prefix_caching: bool,
+        length: int,
+        appends_runs: bool,
+    ) -> None:
+        self.appends_runs = appends_runs
         self.manager = KVCacheManager(CacheConfig(num_blocks, block_size, num_host_blocks, prefix_caching))
         self.model = MemoryModel(num_blocks, block_size, num_host_blocks, prefix_caching)
         self.block_size = block_size
@@ -207,10 +217,10 @@ class MemoryMachine(RuleBasedStateMachine):
     # Growing, sharing, shrinking
 
     @precondition(lambda self: self.on_device())
-    @rule(pick=small, is_run=st.booleans())
-    def append_all(self, pick: int, is_run: bool) -> None:
+    @rule(pick=small)
+    def append_all(self, pick: int) -> None:
         id_ = self.device_id(pick)
-        self.append_tokens(id_, self.model.sequences[id_].num_pending, is_run=is_run)
+        self.append_tokens(id_, self.model.sequences[id_].num_pending)
 
     @rule(id_=small, num_spared=st.integers(0, 2))
     def crowd(self, id_: int, num_spared: int) -> None:
@@ -495,18 +505,20 @@ class MemoryMachine(RuleBasedStateMachine):
         self.model.sequences[id_].tokens += tokens
         self.manager.extend(id_, tokens)
 
-    def append_tokens(self, id_: object, num_tokens: int, *, is_run: bool = False) -> None:
+    def append_tokens(self, id_: object, num_tokens: int) -> None:
         sequence = self.model.sequences[id_]
         start = sequence.num_computed
         num_available = self.model.num_available()
         expected = self.model.append([(sequence, num_tokens)])
         if expected is None:
             self.unchanged(lambda: expect("try_append", self.manager.try_append(id_, num_tokens), None))
+            row, try_append_run = self.manager.row(id_), self.manager.memory.try_append_run
+            self.unchanged(lambda: expect("try_append_run", try_append_run(row, num_tokens), None))
             error = self.refused(OutOfBlocksError, lambda: self.manager.append(id_, num_tokens))
             expect("blocks that can be had", error.num_free, num_available)
             expect("more were requested", error.num_requested > num_available, True)
             return
-        if is_run and num_tokens:
+        if self.appends_runs and num_tokens:
             self.append_run(id_, start, num_tokens, expected)
             return
         appended = self.manager.append(id_, num_tokens)
@@ -514,7 +526,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.write(sequence, start, appended.slots.tolist())
 
     def append_run(self, id_: object, start: int, num_tokens: int, expected: list[tuple[int, int]]) -> None:
-        """As a scheduler appends a chunk of a prompt."""
+        """As a scheduler appends a chunk of a prompt: by row, unchecked, with a short cut of its own."""
         memory, row = self.manager.memory, self.manager.row(id_)
         self.copy_tails(memory.try_append_run(row, num_tokens), expected)
         positions = np.arange(start, start + num_tokens)

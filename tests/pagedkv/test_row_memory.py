@@ -47,6 +47,34 @@ def test_in_a_batch_of_all_forks_the_last_one_writes_in_place(manager: KVCacheMa
     manager.check_invariants()
 
 
+def test_single_tokens_of_forks_are_copied_on_write(manager: KVCacheManager) -> None:
+    manager.open("a", [1])
+    manager.append("a", 1)
+    manager.fork("a", "b")
+    rows = rows_of(manager, "a", "b")
+    manager.memory.extend(rows, np.array([7, 8], np.int32))
+    copies = manager.memory.try_append_single(rows, np.array([1, 1]))
+    assert (copies.sources.tolist(), copies.targets.tolist()) == ([0], [1])
+
+
+def test_a_run_of_a_fork_is_copied_on_write(manager: KVCacheManager) -> None:
+    manager.open("a", [1, 2, 3, 4])
+    manager.append("a", 1)
+    manager.fork("a", "b")
+    copies = manager.memory.try_append_run(manager.row("b"), 3)
+    assert (copies.sources.tolist(), copies.targets.tolist()) == ([0], [1])
+    assert manager.block_table("b").tolist() == [1, 2]
+
+
+def test_a_run_of_a_duplicate_names_nothing(manager: KVCacheManager) -> None:
+    for sequence_id in ("a", "b"):
+        manager.open(sequence_id, [1, 2, 3, 4])
+    for sequence_id, num_tokens in (("a", 2), ("b", 2), ("b", 2)):
+        manager.memory.try_append_run(manager.row(sequence_id), num_tokens)
+    assert len(manager.memory.cache) == 1
+    manager.check_invariants()
+
+
 def test_of_two_rows_that_fill_the_same_block_at_once_the_first_names_it(manager: KVCacheManager) -> None:
     manager.open("a", [1, 2])
     manager.open("b", [1, 2])

@@ -1,0 +1,40 @@
+"""Taking back a step that was not carried out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.arrays import BlockIds
+from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler.plan import StepPlan
+from pagedkv.scheduler.running import RunningRows
+
+__all__ = ["retract_step"]
+
+
+def retract_step(plan: StepPlan, swapped_in: list[tuple[int, int]], memory: RowMemory, running: RunningRows) -> None:
+    """Retract every row of the plan to the tokens whose K/V is surely on the device, and forget the step's names.
+
+    `swapped_in` holds (row, tokens that had not left the device). A token is lost if its slot was given in this step,
+    if it lies in or behind a block that another row was to fill in this step, or in a block that was to be copied.
+    O(rows + their blocks).
+    """
+    unwritten = memory.unname_step()
+    copied = set(plan.copies.targets.tolist())
+    num_valid = dict(zip(plan.rows.tolist(), plan.starts.tolist(), strict=True))
+    for row, num_kept in swapped_in:
+        num_valid[row] = min(num_valid[row], num_kept)
+    for row, num_tokens in num_valid.items():
+        if running.samples[row] is not None:
+            memory.retract(row, _num_written(memory, row, num_tokens, unwritten, copied))
+
+
+def _num_written(memory: RowMemory, row: int, num_valid: int, unwritten: BlockIds, copied: set[int]) -> int:
+    blocks = memory.sequences.blocks(row)
+    missing = np.flatnonzero(np.isin(blocks, unwritten))
+    if len(missing):
+        num_valid = min(num_valid, int(missing[0]) * memory.block_size)
+    offset = num_valid % memory.block_size
+    if offset and int(blocks[num_valid // memory.block_size]) in copied:
+        num_valid -= offset
+    return num_valid

@@ -1,0 +1,100 @@
+"""What happens when the running samples need more blocks than there are: victims lose their seats."""
+
+from __future__ import annotations
+
+from pagedkv.plans import NO_COPIES, BlockCopies
+from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler.events import Event, Preempted
+from pagedkv.scheduler.order import VictimPolicy
+from pagedkv.scheduler.preemption import PreemptionMode, PreemptionPolicy
+from pagedkv.scheduler.running import RunningRows
+from pagedkv.scheduler.sample import Sample, SampleState
+from pagedkv.scheduler.waiting_queue import WaitingQueue
+
+__all__ = ["Shortage"]
+
+
+class Shortage:
+    """Takes one seat at a time, until the caller has blocks enough; the victim goes back to its place in the queue.
+
+    `preempted` are the victims of the step being planned, `swaps_out` the copies that move some of them to the host.
+    """
+
+    __slots__ = ("_events", "_memory", "_preemption", "_queue", "_running", "_victim", "preempted", "swaps_out")
+
+    def __init__(
+        self,
+        memory: RowMemory,
+        queue: WaitingQueue,
+        running: RunningRows,
+        *,
+        victim: VictimPolicy,
+        preemption: PreemptionPolicy,
+        events: list[Event],
+    ) -> None:
+        self._memory = memory
+        self._queue = queue
+        self._running = running
+        self._victim = victim
+        self._preemption = preemption
+        self._events = events
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Nobody was preempted yet."""
+        self.preempted: list[Sample] = []
+        self.swaps_out: BlockCopies = NO_COPIES
+
+    def preempt(self, num_needed: int, *, now: float, step: int) -> None:
+        """Take the seat of one victim. `num_needed` blocks were asked for; they and the rest are told. O(running + blocks)."""
+        memory = self._memory
+        sample = self._choose()
+        row = sample.row
+        num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
+        mode = self._preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
+        copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
+        sample.num_known = int(memory.sequences.num_known[row])
+        sample.num_preemptions += 1
+        self._running.remove(sample)
+        if copies is None:
+            mode = PreemptionMode.RECOMPUTE
+            memory.close(row)
+            sample.row = -1
+            sample.state = SampleState.WAITING
+        else:
+            self.swaps_out += copies
+            sample.state = SampleState.SWAPPED
+        self._queue.push(sample)
+        self.preempted.append(sample)
+        self._events.append(
+            Preempted(
+                time=now,
+                step=step,
+                request_id=sample.request.request_id,
+                sample_idx=sample.sample_idx,
+                mode=mode.value,
+                num_computed_tokens=num_computed,
+                num_used_before=num_used,
+                num_used_after=memory.pool.num_used,
+                num_needed_blocks=num_needed,
+                reason="running requests need blocks",
+            )
+        )
+
+    def forget_swaps(self) -> None:
+        """The step failed and no copy was made: those that it was to swap out start over. O(victims log waiting)."""
+        for sample in self.preempted:
+            if sample.state is SampleState.SWAPPED:
+                self._memory.close(sample.row)
+                sample.row = -1
+                sample.state = SampleState.WAITING
+
+    def _choose(self) -> Sample:
+        """The victim policy's choice among those that have filled a block since they came back, or among all."""
+        running = self._running
+        rows = running.rows
+        unprotected = rows[self._memory.sequences.num_known[rows] >= running.protected_until[rows]]
+        candidates = unprotected if len(unprotected) else rows
+        choice = self._victim.choose(running.ranks[candidates], running.serials[candidates])
+        sample: Sample = running.samples[candidates[choice]]
+        return sample
