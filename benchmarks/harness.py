@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from yardstick import yardstick_ms
 
 import pagedkv
-from yardstick import yardstick_ms
 
 RESULTS = Path(__file__).parent / "results"
 NUM_REPEATS = 5

@@ -1,6 +1,7 @@
 """Embed the memory manager and the scheduler around a model of your own: a queue of requests, served to the end."""
 
 import time
+from pathlib import Path
 
 from pagedkv import CacheConfig, KVCacheManager
 from pagedkv.scheduler import EventLog, Request, Scheduler, SchedulerConfig, StepPlan, Swap
@@ -23,7 +24,7 @@ class CountingModel:
 def main() -> None:
     """Serve three requests on a pool that is too small for all of them, swapping to the host."""
     manager = KVCacheManager(CacheConfig(num_blocks=8, block_size=4, num_host_blocks=8))
-    with open("events.jsonl", "w", encoding="utf-8") as file:
+    with Path("events.jsonl").open("w", encoding="utf-8") as file:
         scheduler = Scheduler(SchedulerConfig(64, 4), manager, preemption=Swap(), sink=EventLog(file))
         for name in ("a", "b", "c"):
             scheduler.add(Request(name, [ord(name)] * 7, max_new_tokens=8), now=time.monotonic())

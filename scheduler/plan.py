@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import Int32s, Int64s, Rows
+from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
 from pagedkv.errors import InvalidArgumentError, StalePlanError
 from pagedkv.plans import BlockCopies
 from pagedkv.row_memory import RowMemory
@@ -119,6 +120,15 @@ class StepPlan:
         if inputs.token_ids is None:
             inputs.token_ids = inputs.require_fresh().token_ids(self.rows, self.starts, self.num_tokens)
         return inputs.token_ids
+
+    def check_tokens(self, token_ids: Sequence[int] | Int32s) -> Int32s:
+        """Return the tokens sampled for `sampling_rows`, (s,) int32; InvalidArgumentError for wrong ones or too many or few."""
+        tokens = as_token_ids("token_ids", token_ids)
+        if len(tokens) != len(self.sampling_rows):
+            raise InvalidArgumentError(
+                f"{len(self.sampling_rows)} rows sample in this step, found {len(tokens)} tokens"
+            )
+        return tokens
 
     def make_inputs(self) -> None:
         """Make the packed arrays now, before a row that they read is let go of. O(tokens)."""

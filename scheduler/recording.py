@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, TextIO
 
@@ -112,36 +113,37 @@ def replay_recording(lines: Iterable[str], sink: EventSink | None = None) -> Ite
         record = _parse(number, line)
         try:
             if record["call"] == "schedule":
-                plan = scheduler.schedule(record["now"])
-                if _digest(plan) != record["plan"]:
-                    raise RecordingError(f"line {number}: step {plan.step} was recorded with another plan")
+                plan = _plan_again(scheduler, record, number)
                 yield plan
             else:
-                _repeat_call(scheduler, plan, record)
+                _call_again(scheduler, plan, record, number)
         except KeyError as error:
             raise RecordingError(f"line {number}: expected a call with its arguments, no {error} found") from None
 
 
-def _repeat_call(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any]) -> None:
+def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> StepPlan:
+    plan = scheduler.schedule(record["now"])
+    if _digest(plan) != record["plan"]:
+        raise RecordingError(f"line {number}: step {plan.step} was recorded with another plan")
+    return plan
+
+
+def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any], number: int) -> None:
     call, now = record["call"], record["now"]
-    try:
+    if call not in ("add", "abort", "update", "fail"):
+        raise RecordingError(f"line {number}: expected add, abort, schedule, update or fail, found {call!r}")
+    if plan is None and call in ("update", "fail"):
+        raise RecordingError(f"line {number}: expected schedule before {call}")
+    # What raises now raised when it was recorded, too, and changed nothing.
+    with suppress(PagedKVError):
         if call == "add":
             scheduler.add(_decode_request(record["request"]), now)
         elif call == "abort":
             scheduler.abort(record["request_id"], now)
-        elif plan is None:
-            raise RecordingError(f"{call} before the first schedule")
-        elif call == "update":
+        elif plan is not None and call == "update":
             scheduler.update(plan, record["token_ids"], now)
-        elif call == "fail":
+        elif plan is not None:
             scheduler.fail(plan, now, record["reason"])
-        else:
-            raise RecordingError(f"expected add, abort, schedule, update or fail, found {call!r}")
-    except RecordingError:
-        raise
-    except PagedKVError:
-        # It raised when it was recorded, too, and changed nothing.
-        return
 
 
 def _digest(plan: StepPlan) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
+from pagedkv.arrays import Int32s, Int64s, Rows
 from pagedkv.content import SimulatedContent
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, InvariantViolation, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
@@ -438,12 +438,7 @@ class Scheduler:
             if self._num_token_requests and len(plan.sampling_rows):
                 raise InvalidArgumentError("token_ids may be None only while every prompt is simulated")
             return None
-        tokens = as_token_ids("token_ids", token_ids)
-        if len(tokens) != len(plan.sampling_rows):
-            raise InvalidArgumentError(
-                f"{len(plan.sampling_rows)} rows sample in this step, found {len(tokens)} tokens"
-            )
-        return tokens
+        return plan.check_tokens(token_ids)
 
     def _close_plan(self, plan: StepPlan) -> bool:
         """The plan is no longer in flight; returns whether samples of it were ended from outside."""

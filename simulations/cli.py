@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-def _show_version(requested: bool) -> None:  # noqa: FBT001 - typer's callback
+def _show_version(requested: bool) -> None:
     if requested:
         typer.echo(f"pagedkv {__version__}")
         raise typer.Exit
@@ -32,7 +32,7 @@ def _show_version(requested: bool) -> None:  # noqa: FBT001 - typer's callback
 
 @app.callback()
 def _root(
-    version: Annotated[  # noqa: ARG001 - handled by its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:

@@ -6,10 +6,13 @@ import doctest
 import importlib
 import pkgutil
 
-import pagedkv
 import pytest
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(pagedkv.__path__, "pagedkv.") if "__main__" not in module.name)
+import pagedkv
+
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(pagedkv.__path__, "pagedkv.") if "__main__" not in module.name
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

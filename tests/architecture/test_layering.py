@@ -76,7 +76,9 @@ def test_every_part_with_code_was_looked_at() -> None:
     }
 
 
-@pytest.mark.parametrize("module", ["pagedkv", "pagedkv.scheduler", "pagedkv.simulations.replay", "pagedkv.simulations.cli"])
+@pytest.mark.parametrize(
+    "module", ["pagedkv", "pagedkv.scheduler", "pagedkv.simulations.replay", "pagedkv.simulations.cli"]
+)
 def test_importing_does_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
 

@@ -47,9 +47,7 @@ def random_request(index: int, rng: np.random.Generator) -> Request:
     shared = COMMON_PROMPT[: int(rng.integers(0, 8))]
     prompt = shared + rng.integers(0, 5, int(rng.integers(1, 9))).tolist()
     num_samples = 1 if rng.random() < 0.7 else int(rng.integers(2, 4))
-    return Request(
-        f"r{index}", prompt, int(rng.integers(0, 10)), n=num_samples, priority=float(rng.integers(0, 3))
-    )
+    return Request(f"r{index}", prompt, int(rng.integers(0, 10)), n=num_samples, priority=float(rng.integers(0, 3)))
 
 
 @given(scenarios)

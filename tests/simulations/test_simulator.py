@@ -118,9 +118,7 @@ def test_a_request_that_can_never_fit_is_counted_with_its_reason() -> None:
 
 
 def test_hit_tokens_of_shared_prefixes_are_counted() -> None:
-    trace = Trace.from_columns(
-        [0.0, 5.0], [8, 10], [2, 2], content_block_size=4, content_runs=[[(0, 2)], [(0, 2)]]
-    )
+    trace = Trace.from_columns([0.0, 5.0], [8, 10], [2, 2], content_block_size=4, content_runs=[[(0, 2)], [(0, 2)]])
 
     summary, _, run = outcome(trace, num_blocks=100)
 
@@ -177,9 +175,7 @@ def test_a_block_size_that_cuts_through_named_blocks_is_refused() -> None:
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_named_blocks_are_shared_at_every_fitting_block_size(block_size: int) -> None:
-    trace = Trace.from_columns(
-        [0.0, 5.0], [17, 17], [1, 1], content_block_size=4, content_runs=[[(0, 4)], [(0, 4)]]
-    )
+    trace = Trace.from_columns([0.0, 5.0], [17, 17], [1, 1], content_block_size=4, content_runs=[[(0, 4)], [(0, 4)]])
 
     _, _, run = outcome(trace, num_blocks=200, block_size=block_size)
 

@@ -90,6 +90,14 @@ def test_a_block_that_lost_its_name_and_came_back_as_a_ghost_stands_in_the_main_
     assert cache.order == ["c", "d", "a", "e"]
 
 
+def test_a_block_that_lost_its_name_in_the_main_queue_and_got_another_stands_in_the_small_queue_only(chains):
+    cache = chains(S3FIFO(4, small_share=0.5), 4)
+    cache.use("a", "b", "c", "d", "a", "a", "b", "b", "e")  # Promotes a and b, evicts c.
+    cache.unname("a")
+    cache.use("x")  # Takes the block that a had.
+    assert cache.order == ["d", "e", "b", "x"]
+
+
 def test_a_name_taken_from_the_small_queue_makes_it_smaller(chains):
     cache = chains(S3FIFO(4, small_share=0.5), 4)
     cache.use("a", "b", "c", "d", "a", "a", "b", "b", "e")  # Promotes a and b, evicts c.
