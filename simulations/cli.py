@@ -12,6 +12,7 @@ import typer
 
 from pagedkv import PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
+from pagedkv.simulations.cost_models import DEVICES, MODELS
 
 __all__ = ["app", "main"]
 
@@ -39,7 +40,14 @@ def _root(
     pass
 
 
-@app.command()
+REPLAY_HELP = (
+    "Replay a request trace; print a summary and write a report.\n\n"
+    "Writes summary.json, requests.csv, report.html (self-contained) and a Perfetto trace. "
+    "Same trace and options, same figures, byte for byte, apart from wall-clock times."
+)
+
+
+@app.command(help=REPLAY_HELP)
 def replay(
     trace: Annotated[
         Path | None,
@@ -48,11 +56,21 @@ def replay(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report files.")] = Path("pagedkv-report"),
-    model: Annotated[str, typer.Option(help="Model preset.", rich_help_panel="Hardware")] = "Llama-3-8B",
-    device: Annotated[str, typer.Option(help="Device preset.", rich_help_panel="Hardware")] = "H100",
+    model: Annotated[
+        str, typer.Option(help=f"Model preset: {', '.join(MODELS)}.", rich_help_panel="Hardware")
+    ] = "Llama-3-8B",
+    device: Annotated[
+        str, typer.Option(help=f"Device preset: {', '.join(DEVICES)}.", rich_help_panel="Hardware")
+    ] = "H100",
     num_devices: Annotated[
         int, typer.Option(help="Devices that share the model (tensor parallel).", rich_help_panel="Hardware")
     ] = 1,
+    weight_bits: Annotated[
+        int, typer.Option(help="Bits of a weight: 4, 8, 16 or 32.", rich_help_panel="Hardware")
+    ] = 16,
+    kv_bits: Annotated[
+        int, typer.Option(help="Bits of a K/V element: 4, 8, 16 or 32.", rich_help_panel="Hardware")
+    ] = 16,
     block_size: Annotated[
         int | None,
         typer.Option(help="Tokens per block. Default: the trace's own, else 16.", rich_help_panel="Memory"),
@@ -100,11 +118,7 @@ def replay(
     check: Annotated[bool, typer.Option("--check", help="Recount every invariant now and then; slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
-    """Replay a request trace; print a summary and write a report.
-
-    Writes summary.json, requests.csv, report.html (self-contained) and a Perfetto trace. Same trace and options, same
-    figures, byte for byte, apart from wall-clock times.
-    """
+    """Replay a request trace; print a summary and write a report."""
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.replay import ReplayConfig
     from pagedkv.simulations.replay import replay as run_replay
@@ -115,6 +129,8 @@ def replay(
         model=model,
         device=device,
         num_devices=num_devices,
+        weight_bits=weight_bits,
+        kv_bits=kv_bits,
         block_size=block_size,
         num_blocks=num_blocks,
         num_host_blocks=num_host_blocks,

@@ -40,6 +40,7 @@ DEFAULT_BLOCK_SIZE = 16
 class ReplayConfig:
     """What to replay a trace on.
 
+    weight_bits, kv_bits: of the model's weights and of its K/V
     block_size:      tokens per block; None: the trace's own if it names shared blocks, else 16
     num_blocks:      device blocks; None: what the device's memory leaves beside the weights
     num_host_blocks: blocks for swapping; None: as many as on the device if `preemption` may swap, else 0
@@ -52,6 +53,8 @@ class ReplayConfig:
     model: str = "Llama-3-8B"
     device: str = "H100"
     num_devices: int = 1
+    weight_bits: int = 16
+    kv_bits: int = 16
     block_size: int | None = None
     num_blocks: int | None = None
     num_host_blocks: int | None = None
@@ -92,10 +95,14 @@ def replay(
     block_size = config.block_size or trace.content_block_size or DEFAULT_BLOCK_SIZE
     _require_matching_blocks(trace, block_size)
     model, device = get_model(config.model), get_device(config.device)
-    cost_model = RooflineCostModel(model, device, block_size=block_size, num_devices=config.num_devices)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        num_blocks = num_kv_blocks(model, device, block_size=block_size, num_devices=config.num_devices)
+    hardware: dict[str, Any] = {
+        "block_size": block_size,
+        "num_devices": config.num_devices,
+        "weight_bits": config.weight_bits,
+        "kv_bits": config.kv_bits,
+    }
+    cost_model = RooflineCostModel(model, device, **hardware)
+    num_blocks = num_kv_blocks(model, device, **hardware) if config.num_blocks is None else config.num_blocks
     queue_policy, victim_policy = _order(config.policy)
     preemption = _preemption(config.preemption, cost_model)
     num_host_blocks = config.num_host_blocks
