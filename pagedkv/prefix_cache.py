@@ -124,6 +124,6 @@ class PrefixCache:
                 raise InvariantViolation("I3", f"block {block_id} has a key that names another block")
 
     def _forget(self, block_ids: BlockIds) -> None:
-        forget = self._block_of.__delitem__
+        block_of = self._block_of
         for key in self._key_of[block_ids].tolist():
-            forget(key)
+            del block_of[key]

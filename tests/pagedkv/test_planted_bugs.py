@@ -75,7 +75,7 @@ BUGS = {
     "keys do not chain": Bug(
         TokenContent, "keys", "parent = keys[-1] if keys else self._root", "parent = self._root"
     ),
-    "an evicted block keeps its name": Bug(PrefixCache, "_forget", "forget(key)", "pass"),
+    "an evicted block keeps its name": Bug(PrefixCache, "_forget", "del block_of[key]", "pass"),
     "eviction is not reported": Bug(BlockPool, "_evict", "self.on_evict(block_ids)", "pass"),
     "a duplicate takes the name over": Bug(PrefixCache, "name_chain", "if keys[0] in self._block_of:", "if False:"),
     "a duplicate goes on naming": Bug(PrefixCache, "name_chain", "return False", "return True"),
