@@ -189,7 +189,10 @@ class KVCacheManager:
         if num_tokens == 0:  # Nothing is written, so a shared tail need not be copied.
             return Appended(np.empty(0, np.int64), NO_COPIES)
         rows = np.array([row])
+        # What is named here belongs to no step of a scheduler that may be planning on the same memory.
+        paused = memory.naming.pause()
         copies = memory.try_append(rows, np.array([num_tokens]))
+        memory.naming.resume(paused)
         if copies is None:
             return None
         positions = np.arange(start, start + num_tokens)

@@ -5,36 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv
-from pagedkv.block_keys import Key
 from pagedkv.block_pool import BlockPool
 from pagedkv.config import CacheConfig
 from pagedkv.content import Content, SimulatedContent, TokenContent
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
+from pagedkv.naming import BlockNaming, in_order_of_steps
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.prefix_cache import PrefixCache
 from pagedkv.sequences import SequenceTable
+from pagedkv.shared_tails import SharedTails
 from pagedkv.statistics import PrefixCounters
 
 __all__ = ["RowMemory"]
 
 NO_TOKENS = np.empty(0, np.int32)
-
-
-def _by_step(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s, Int64s]:
-    """Things that happen to row i `counts[i]` times: first in step `first_steps[i]`, then every `period` steps.
-
-    Returns, for each of them in order of rows, whose it is and in which step, and the permutation into order of steps.
-    """
-    owners = counts.nonzero()[0]
-    total = int(np.add.reduce(counts))
-    if total == len(owners):
-        steps = first_steps[owners]
-    else:
-        owners = owners.repeat(counts[owners])
-        nth = np.arange(total) - (counts.cumsum() - counts)[owners]
-        steps = first_steps[owners] + nth * period
-    return owners, steps, steps.argsort(kind="stable")
 
 
 class RowMemory:
@@ -48,8 +33,6 @@ class RowMemory:
     """
 
     __slots__ = (
-        "_named_in_step",
-        "_num_shared_tails",
         "_serial",
         "block_size",
         "cache",
@@ -57,8 +40,10 @@ class RowMemory:
         "counters",
         "host_blocks",
         "host_pool",
+        "naming",
         "pool",
         "sequences",
+        "shared_tails",
     )
 
     def __init__(self, config: CacheConfig, eviction: EvictionPolicy | None = None) -> None:
@@ -70,8 +55,8 @@ class RowMemory:
         self.sequences = SequenceTable(config.block_size)
         self.counters = PrefixCounters()
         self.host_blocks: dict[int, BlockIds] = {}
-        self._named_in_step: list[BlockIds] = []
-        self._num_shared_tails = 0
+        self.naming = BlockNaming(self.cache, self.sequences)
+        self.shared_tails = SharedTails(self.pool, self.sequences)
         self._serial = 0
 
     def next_serial(self) -> int:
@@ -124,7 +109,7 @@ class RowMemory:
         for i in np.flatnonzero(~single).tolist():
             row, start, stop = int(rows[i]), int(starts[i]), int(starts[i] + num_tokens[i])
             self.sync_content(row)
-            content = table.contents[row]
+            content = table.content(row)
             if not isinstance(content, TokenContent):
                 raise InvalidArgumentError(f"row {row} has a simulated prompt: there are no token ids")
             packed[stops[i] - num_tokens[i] : stops[i]] = content.token_ids(start, stop)
@@ -139,13 +124,13 @@ class RowMemory:
             self.host_pool.release(host_blocks)
         else:
             self.pool.release(table.blocks(row)[::-1])
-        self._share_tail(row, shared=False)
+        self.shared_tails.unmark(row)
         table.remove(row)
 
     def sync_content(self, row: int) -> None:
         """Write the tokens of the last, partly filled block into the row's content. O(block_size)."""
         table = self.sequences
-        content = table.contents[row]
+        content = table.content(row)
         if isinstance(content, TokenContent):
             num_known = int(table.num_known[row])
             offset = num_known % self.block_size
@@ -162,7 +147,7 @@ class RowMemory:
             offsets = known % self.block_size
             table.tails[rows, offsets] = token_ids
             for row in rows[offsets == self.block_size - 1].tolist():
-                content = table.contents[row]
+                content = table.content(row)
                 if isinstance(content, TokenContent):
                     content.write(int(table.num_known[row]) + 1 - self.block_size, table.tails[row])
         table.num_known[rows] = known + 1
@@ -185,22 +170,26 @@ class RowMemory:
         stops = starts + num_tokens
         num_new = -(-stops // self.block_size) - table.num_blocks[rows]
         total = int(np.add.reduce(num_new))
-        copied = self._rows_to_copy(rows, starts) if self._num_shared_tails else []
+        copied = self.shared_tails.rows_to_copy(rows, starts) if self.shared_tails.num_marked else []
         block_ids = self.pool.try_allocate(total + len(copied)) if total or copied else NO_COPIES.sources
         if block_ids is None:
             return None
-        copies = self._copy_tails(rows, copied, block_ids[: len(copied)]) if self._num_shared_tails else NO_COPIES
+        copies = (
+            self.shared_tails.copy(rows, copied, block_ids[: len(copied)])
+            if self.shared_tails.num_marked
+            else NO_COPIES
+        )
         if total:
             growing = num_new.nonzero()[0]
             table.append_blocks(rows[growing], num_new[growing], block_ids[len(copied) :])
         table.num_computed[rows] = stops
         if self.caches_prefixes:
-            self._name_filled(rows, starts, stops)
+            self.naming.name_filled(rows, starts, stops)
         return copies
 
     def try_append_single(self, rows: Rows, starts: Int64s) -> BlockCopies | None:
         """As `try_append` for one token each, given `starts`, the rows' `num_computed`: the steady state of decoding."""
-        if self._num_shared_tails:
+        if self.shared_tails.num_marked:
             return self.try_append(rows, np.ones(len(rows), np.int64))
         table, block_size = self.sequences, self.block_size
         offsets = starts % block_size
@@ -214,12 +203,12 @@ class RowMemory:
         if self.caches_prefixes:
             filling = (offsets == block_size - 1).nonzero()[0]
             if len(filling):
-                self._name_single(rows[filling], starts[filling] // block_size)
+                self.naming.name_single(rows[filling], starts[filling] // block_size)
         return NO_COPIES
 
     def try_append_run(self, row: int, num_tokens: int) -> BlockCopies | None:
         """As `try_append` for many tokens of one row: a chunk of a prompt."""
-        if self._num_shared_tails:
+        if self.shared_tails.num_marked:
             return self.try_append(np.array([row]), np.array([num_tokens]))
         table, block_size = self.sequences, self.block_size
         start, held = int(table.num_computed[row]), int(table.num_blocks[row])
@@ -233,7 +222,7 @@ class RowMemory:
         table.num_computed[row] = stop
         first, last = start // block_size, stop // block_size
         if self.caches_prefixes and last > first == table.num_named[row]:
-            self._name_run(row, first, last)
+            self.naming.name_run(row, first, last)
         return NO_COPIES
 
     # Many steps at once
@@ -241,7 +230,7 @@ class RowMemory:
     @property
     def can_repeat(self) -> bool:
         """Whether appending to rows needs no copies on write. O(1)."""
-        return self._num_shared_tails == 0
+        return self.shared_tails.num_marked == 0
 
     def num_affordable_steps(self, rows: Rows, num_steps: int) -> int:
         """How often, at most `num_steps`, each row can take one more token before blocks run short. O(rows log steps)."""
@@ -276,7 +265,7 @@ class RowMemory:
         num_taken = np.zeros(num_steps, np.int64)
         if total:
             # Row i takes its blocks in the steps in which it writes the first slot of a block.
-            _owners, steps, order = _by_step(num_new, -starts % block_size, block_size)
+            _owners, steps, order = in_order_of_steps(num_new, -starts % block_size, block_size)
             block_ids = np.empty(total, np.int64)
             block_ids[order] = self.pool.allocate(total)
             growing = num_new.nonzero()[0]
@@ -286,28 +275,8 @@ class RowMemory:
                 table.append_blocks(rows[growing], num_new[growing], block_ids)
             num_taken = np.bincount(steps, minlength=num_steps)
         if self.caches_prefixes:
-            self._name_steps(rows, starts, stops)
+            self.naming.name_steps(rows, starts, stops)
         return num_taken
-
-    def _name_steps(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
-        """Name the blocks that single-token steps fill, by step, then by row. Such names are new: nobody else has them."""
-        table, block_size = self.sequences, self.block_size
-        first = starts // block_size
-        num_filled = stops // block_size - first
-        num_filled *= table.num_named[rows] == first
-        total = int(np.add.reduce(num_filled))
-        if not total:
-            return
-        owners, steps, order = _by_step(num_filled, -(starts + 1) % block_size, block_size)
-        owners, steps = owners[order], steps[order]
-        rows_filling, block_idx = rows[owners], (starts[owners] + steps) // block_size
-        block_ids = table.blocks_at(rows_filling, block_idx)
-        parent_ids = table.blocks_at(rows_filling, block_idx - 1)
-        parent_ids[block_idx == 0] = -1
-        keys: list[Key] = (table.name_bases[rows_filling] - block_idx).tolist()
-        self.cache.name_fresh(keys, block_ids, parent_ids)
-        table.num_named[rows] += num_filled
-        self._named_in_step.append(block_ids)
 
     # Sharing
 
@@ -315,21 +284,21 @@ class RowMemory:
         """Make a row that shares every block of `row`; the first of them to write into a shared tail copies it. O(blocks)."""
         table = self.sequences
         self.sync_content(row)
-        content = table.contents[row]
+        content = table.content(row)
         num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
         block_ids = table.blocks(row)
         self.pool.acquire(block_ids)
+        child_content: Content
         if isinstance(content, SimulatedContent):
-            child_content: Content = content.fork(num_known // self.block_size, self.next_serial())
+            child_content = content.fork(num_known // self.block_size, self.next_serial())
         else:
-            assert content is not None  # noqa: S101 - narrows the type; live rows have a content
             child_content = content.fork(num_known)
         child = table.add(child_content, num_known, block_ids, num_computed)
         table.num_named[child] = table.num_named[row]
         table.tails[child] = table.tails[row]
         if num_computed % self.block_size:
-            self._share_tail(row, shared=True)
-            self._share_tail(child, shared=True)
+            self.shared_tails.mark(row)
+            self.shared_tails.mark(child)
         return child
 
     # Shrinking
@@ -339,7 +308,7 @@ class RowMemory:
         table = self.sequences
         if num_tokens < table.num_known[row]:
             self.sync_content(row)
-            content = table.contents[row]
+            content = table.content(row)
             if isinstance(content, TokenContent):
                 content.write(num_tokens, NO_TOKENS)
                 self._load_tail(row, content, num_tokens)
@@ -358,7 +327,10 @@ class RowMemory:
         table.num_blocks[row] = num_kept
         table.num_computed[row] = num_computed
         table.num_named[row] = min(int(table.num_named[row]), num_computed // self.block_size)
-        self._share_tail(row, shared=num_computed % self.block_size > 0)
+        if num_computed % self.block_size:
+            self.shared_tails.mark(row)
+        else:
+            self.shared_tails.unmark(row)
 
     # Swapping
 
@@ -373,7 +345,7 @@ class RowMemory:
         self.host_blocks[row] = host_blocks
         table.num_blocks[row] = 0
         table.num_named[row] = 0
-        self._share_tail(row, shared=False)
+        self.shared_tails.unmark(row)
         return BlockCopies(device_blocks, host_blocks)
 
     def num_blocks_to_swap_in(self, row: int) -> int:
@@ -401,106 +373,31 @@ class RowMemory:
         table.append_blocks(one_row, np.array([len(host_blocks)]), np.concatenate((hits, new_blocks)))
         table.num_named[row] = num_hits
         if self.caches_prefixes:
-            self._name_filled(one_row, np.array([num_hits * self.block_size]), table.num_computed[one_row])
+            self.naming.name_filled(one_row, np.array([num_hits * self.block_size]), table.num_computed[one_row])
         return BlockCopies(host_blocks[num_hits:], new_blocks)
 
     # Steps
 
     def begin_step(self) -> None:
-        """The next step is being planned: from here on, remember what it names."""
-        self._named_in_step.clear()
+        """A step is being planned: what it names is remembered until `end_step`."""
+        self.naming.begin_step()
+
+    def end_step(self) -> None:
+        """The step was carried out: what it named holds what its name says."""
+        self.naming.end_step()
 
     def unname_step(self) -> BlockIds:
         """The step failed: forget the names that it gave, since the blocks were never filled, and return the blocks."""
-        named = np.concatenate([NO_COPIES.sources, *self._named_in_step])
-        self._named_in_step.clear()
+        named = self.naming.end_step()
         named = named[self.pool.is_named(named)]
         self.cache.unname(named)
         return named
 
-    # Naming, and sharing tails
-
-    def _name_filled(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
-        """Name the blocks that the tokens `starts` to `stops - 1` of each row fill."""
-        table = self.sequences
-        first, last = starts // self.block_size, stops // self.block_size
-        filling = ((last > first) & (table.num_named[rows] == first)).nonzero()[0]
-        if not len(filling):
-            return
-        is_single = (last - first)[filling] == 1
-        if is_single.any():
-            self._name_single(rows[filling[is_single]], first[filling[is_single]])
-            filling = filling[~is_single]
-        for i in filling.tolist():
-            self._name_run(int(rows[i]), int(first[i]), int(last[i]))
-
-    def _name_run(self, row: int, first: int, last: int) -> None:
-        table = self.sequences
-        content = table.contents[row]
-        block_ids = table.block_tables[row, first:last].astype(np.int64)
-        keys = content.keys(last)[first:last]  # type: ignore[union-attr]
-        parent_id = int(table.block_tables[row, first - 1]) if first else -1
-        if self.cache.name_chain(keys, block_ids, parent_id):
-            table.num_named[row] = last
-            self._named_in_step.append(block_ids)
-
-    def _name_single(self, rows: Rows, block_idx: Int64s) -> None:
-        """Name block `block_idx[i]` of each row, unless its chain left the named one: the common case of decoding."""
-        table = self.sequences
-        is_on_chain = table.num_named[rows] == block_idx
-        if not is_on_chain.all():
-            rows, block_idx = rows[is_on_chain], block_idx[is_on_chain]
-        contents = table.contents
-        keys = [contents[row].key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]
-        block_ids = table.blocks_at(rows, block_idx)
-        parent_ids = table.blocks_at(rows, block_idx - 1)
-        parent_ids[block_idx == 0] = -1
-        is_new = self.cache.name_each(keys, block_ids, parent_ids)
-        table.num_named[rows] += is_new
-        self._named_in_step.append(block_ids[is_new])
-
     def _resident_blocks(self, row: int) -> BlockIds:
         """Resident blocks among the full ones that a swapped row had on the device."""
-        content = self.sequences.contents[row]
+        content = self.sequences.content(row)
         num_full = int(self.sequences.num_computed[row]) // self.block_size
-        if not self.caches_prefixes or num_full == 0 or content is None:
+        if not self.caches_prefixes or num_full == 0:
             return NO_COPIES.sources
         num_hits = self.cache.num_resident(content.keys(num_full), num_full)
         return self.hit_blocks(content, num_hits)
-
-    def _share_tail(self, row: int, *, shared: bool) -> None:
-        table = self.sequences
-        if bool(table.has_shared_tail[row]) != shared:
-            table.has_shared_tail[row] = shared
-            self._num_shared_tails += 1 if shared else -1
-
-    def _rows_to_copy(self, rows: Rows, starts: Int64s) -> list[int]:
-        """Indices into `rows` of those that must copy their tail before writing: another holds it, or it has a name."""
-        table = self.sequences
-        holders: dict[int, int] = {}
-        copied = []
-        for i in np.flatnonzero(table.has_shared_tail[rows]).tolist():
-            block_idx, offset = divmod(int(starts[i]), self.block_size)
-            if offset == 0:
-                continue
-            block_id = int(table.block_tables[rows[i], block_idx])
-            one = np.array([block_id])
-            num_holders = holders.get(block_id, int(self.pool.counts(one)[0]))
-            if num_holders > 1 or bool(self.pool.is_named(one)[0]):
-                copied.append(i)
-                holders[block_id] = num_holders - 1
-        return copied
-
-    def _copy_tails(self, rows: Rows, copied: list[int], targets: BlockIds) -> BlockCopies:
-        """Put a fresh block in the place of the tail of each copied row. All rows may write into their tails then."""
-        table = self.sequences
-        sources = np.empty(len(copied), np.int64)
-        for i, target in enumerate(targets.tolist()):
-            row = int(rows[copied[i]])
-            block_idx = int(table.num_computed[row]) // self.block_size
-            sources[i] = table.block_tables[row, block_idx]
-            table.block_tables[row, block_idx] = target
-            self.pool.release(sources[i : i + 1])
-        for row in rows[table.has_shared_tail[rows]].tolist():
-            self._share_tail(row, shared=False)
-        return BlockCopies(sources, targets) if copied else NO_COPIES

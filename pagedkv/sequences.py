@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows
 from pagedkv.content import Content, SimulatedContent
+from pagedkv.errors import InvariantViolation
 
 __all__ = ["SequenceTable"]
 
@@ -86,6 +87,13 @@ class SequenceTable:
         self.num_blocks[row] = 0
         self._free_rows.append(row)
         self.num_live -= 1
+
+    def content(self, row: int) -> Content:
+        """What a live row contains. O(1). Raises InvariantViolation for a row that is not live."""
+        content = self.contents[row]
+        if content is None:
+            raise InvariantViolation("I9", f"row {row} is used after it was given back")
+        return content
 
     def blocks(self, row: int) -> BlockIds:
         """The row's blocks, (num_blocks,) int64, a copy. O(num_blocks)."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from pagedkv.arrays import Int32s, Int64s, Rows
 from pagedkv.content import SimulatedContent
-from pagedkv.errors import DuplicateIdError, InvalidArgumentError, InvariantViolation, StalePlanError, UnknownIdError
+from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.scheduler.admission import Admission, Grants
@@ -197,6 +197,7 @@ class Scheduler:
             is_live = self._running.samples[rows] != None  # noqa: E711 - elementwise
             rows = rows[is_live]
             tokens = None if tokens is None else tokens[is_live]
+        self._memory.end_step()
         self._memory.extend(rows, tokens)
         self._all_decode = (
             len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
@@ -365,10 +366,7 @@ class Scheduler:
         self._running.mark_forked(sample)
         for sample_idx in range(1, num_samples):
             row = self._memory.fork(sample.row)
-            content = self._memory.sequences.contents[row]
-            if content is None:
-                raise InvariantViolation("I1", f"row {row} has no content")
-            sibling = sample.fork(sample_idx, row, content)
+            sibling = sample.fork(sample_idx, row, self._memory.sequences.content(row))
             self._live[sample.request.request_id].append(sibling)
             self._running.add(sibling, protected_until=0)
             self._count_kinds(sibling, 1)

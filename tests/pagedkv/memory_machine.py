@@ -328,22 +328,28 @@ class MemoryMachine(RuleBasedStateMachine):
         self.model.swap_out(sequence, targets)
 
     @precondition(lambda self: self.on_device())
-    @rule(pick=small, id_=small, num_spared=st.sampled_from((None, 0, 1, 2)), makes_room=st.booleans())
+    @rule(pick=small, id_=small, num_spared=st.sampled_from((None, None, 0, 1, 2)), makes_room=st.booleans())
     def swap_out_crowd_and_swap_in(self, pick: int, id_: int, num_spared: int | None, makes_room: bool) -> None:
         """Half of the sequence's blocks are left in the cache, unless a number is drawn."""
-        half = (len(self.model.sequences[self.device_id(pick)].blocks) + 1) // 2
+        swapped = self.device_id(pick)
+        half = (len(self.model.sequences[swapped].blocks) + 1) // 2
         self.swap_out(pick)
+        if self.model.sequences[swapped].host_blocks is None:
+            return
+        if id_ in self.model.sequences and id_ != swapped:
+            self.close_sequence(id_)
         self.crowd(id_, half if num_spared is None else num_spared)
         if makes_room and id_ in self.on_device():
             self.close_sequence(id_)
-        if len(self.on_device()) < len(self.model.sequences):
-            self.swap_in(pick)
+        self.swap_in_sequence(swapped)
 
     @precondition(lambda self: len(self.on_device()) < len(self.model.sequences))
     @rule(pick=small)
     def swap_in(self, pick: int) -> None:
         swapped = [id_ for id_, sequence in self.model.sequences.items() if sequence.host_blocks is not None]
-        id_ = swapped[pick % len(swapped)]
+        self.swap_in_sequence(swapped[pick % len(swapped)])
+
+    def swap_in_sequence(self, id_: object) -> None:
         for call in (
             lambda: self.manager.append(id_, 0),
             lambda: self.manager.truncate(id_, 1),

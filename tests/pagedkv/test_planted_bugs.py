@@ -22,8 +22,10 @@ from pagedkv.block_pool import BlockPool
 from pagedkv.content import TokenContent
 from pagedkv.eviction.lru import LRU
 from pagedkv.manager import KVCacheManager
+from pagedkv.naming import BlockNaming
 from pagedkv.prefix_cache import PrefixCache
 from pagedkv.row_memory import RowMemory
+from pagedkv.shared_tails import SharedTails
 
 # Without shrinking: a mutant needs a verdict, not a small example.
 QUICK = settings(
@@ -86,7 +88,7 @@ BUGS = {
         TokenContent, "write", "del self._keys[start * TOKEN_BYTES // self._block_bytes :]", "pass"
     ),
     "a block is named before it is full": Bug(
-        RowMemory, "_name_filled", "stops // self.block_size", "-(-stops // self.block_size)"
+        BlockNaming, "name_filled", "stops // table.block_size", "-(-stops // table.block_size)"
     ),
     "a lookup does not pin": Bug(KVCacheManager, "lookup", "memory.pool.acquire(block_ids)", "pass"),
     "dropping a hit forgets its blocks": Bug(KVCacheManager, "_drop", "hit.block_ids[::-1]", "hit.block_ids[:0]"),
@@ -97,32 +99,32 @@ BUGS = {
     "closing lets the head go first": Bug(RowMemory, "close", "table.blocks(row)[::-1]", "table.blocks(row)"),
     "closing forgets the host blocks": Bug(RowMemory, "close", "self.host_pool.release(host_blocks)", "pass"),
     "a fork does not hold its blocks": Bug(RowMemory, "fork", "self.pool.acquire(block_ids)", "pass"),
-    "a fork's child writes in place": Bug(RowMemory, "fork", "self._share_tail(child, shared=True)", "pass"),
-    "a fork's parent writes in place": Bug(RowMemory, "fork", "self._share_tail(row, shared=True)", "pass"),
-    "copies only beyond two holders": Bug(RowMemory, "_rows_to_copy", "num_holders > 1", "num_holders > 2"),
-    "copies although nobody shares": Bug(RowMemory, "_rows_to_copy", "num_holders > 1", "num_holders > 0"),
-    "writes into a named block": Bug(RowMemory, "_rows_to_copy", "or bool(self.pool.is_named(one)[0])", ""),
+    "a fork's child writes in place": Bug(RowMemory, "fork", "self.shared_tails.mark(child)", "pass"),
+    "a fork's parent writes in place": Bug(RowMemory, "fork", "self.shared_tails.mark(row)", "pass"),
+    "copies only beyond two holders": Bug(SharedTails, "rows_to_copy", "num_holders > 1", "num_holders > 2"),
+    "copies although nobody shares": Bug(SharedTails, "rows_to_copy", "num_holders > 1", "num_holders > 0"),
+    "writes into a named block": Bug(SharedTails, "rows_to_copy", "or bool(self._pool.is_named(one)[0])", ""),
     "in a batch the last holder copies too": Bug(
-        RowMemory, "_rows_to_copy", "holders[block_id] = num_holders - 1", "holders[block_id] = num_holders"
+        SharedTails, "rows_to_copy", "holders[block_id] = num_holders - 1", "holders[block_id] = num_holders"
     ),
-    "the source of a copy stays held": Bug(RowMemory, "_copy_tails", "self.pool.release(sources[i : i + 1])", "pass"),
+    "the source of a copy stays held": Bug(SharedTails, "copy", "self._pool.release(sources[i : i + 1])", "pass"),
     "copies go the wrong way": Bug(
-        RowMemory, "_copy_tails", "BlockCopies(sources, targets)", "BlockCopies(targets, sources)"
+        SharedTails, "copy", "BlockCopies(sources, targets)", "BlockCopies(targets, sources)"
     ),
     "truncating keeps a block": Bug(
         RowMemory, "retract", "num_kept = cdiv(num_computed, self.block_size)", "num_kept = num_computed // self.block_size + 1"
     ),
     "truncating forgets that the tail has a name": Bug(
-        RowMemory, "retract", "shared=num_computed % self.block_size > 0", "shared=False"
+        RowMemory, "retract", "if num_computed % self.block_size:", "if False:"
     ),
     "truncating keeps counting named blocks": Bug(
         RowMemory, "retract", "min(int(table.num_named[row]), num_computed // self.block_size)", "table.num_named[row]"
     ),
     # The short cuts of a scheduler
     "single tokens are written into shared tails": Bug(
-        RowMemory, "try_append_single", "if self._num_shared_tails:", "if False:"
+        RowMemory, "try_append_single", "if self.shared_tails.num_marked:", "if False:"
     ),
-    "a run is written into a shared tail": Bug(RowMemory, "try_append_run", "if self._num_shared_tails:", "if False:"),
+    "a run is written into a shared tail": Bug(RowMemory, "try_append_run", "if self.shared_tails.num_marked:", "if False:"),
     "a run off the named chain is named": Bug(
         RowMemory, "try_append_run", "last > first == table.num_named[row]", "last > first"
     ),

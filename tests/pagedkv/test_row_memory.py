@@ -126,7 +126,7 @@ def test_steps_are_affordable_until_the_blocks_are_gone() -> None:
     num_blocks=st.integers(4, 40),
     caching=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_many_steps_at_once_are_the_same_steps_one_by_one(
     block_size: int, lengths: list[int], num_steps: int, num_blocks: int, caching: bool
 ) -> None:

@@ -270,8 +270,8 @@ class PolicyMachine(RuleBasedStateMachine):
         if not naming:
             return
         names = [each.text[: each.num_named + 1] for each in naming]
-        own = np.array([each.blocks[each.num_named] for each in naming], np.int32)
-        parents = np.array([each.blocks[each.num_named - 1] if each.num_named else -1 for each in naming], np.int32)
+        own = np.array([each.blocks[each.num_named] for each in naming], np.int64)
+        parents = np.array([each.blocks[each.num_named - 1] if each.num_named else -1 for each in naming], np.int64)
         is_new = self.cache.name_each([name.encode() for name in names], own, parents)
         for each, name, new in zip(naming, names, is_new.tolist(), strict=True):
             assert new == (name not in self.model.holders)
@@ -315,7 +315,7 @@ class PolicyMachine(RuleBasedStateMachine):
             return
         root = sorted(self.model.holders)[pick % len(self.model.holders)]
         names = sorted(name for name in self.model.holders if name.startswith(root))
-        self.cache.unname(np.array([self.block_of(name) for name in names], np.int32))
+        self.cache.unname(np.array([self.block_of(name) for name in names], np.int64))
         for name in names:
             del self.model.holders[name]
             self.model.policy.on_unname(name)
@@ -343,7 +343,7 @@ def test_the_policy_does_what_its_naive_model_does(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=150,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,

@@ -9,7 +9,7 @@ from pagedkv.eviction.prefix_tree import PrefixTree
 
 
 def blocks(*block_ids: int) -> np.ndarray:
-    return np.array(block_ids, np.int32)
+    return np.array(block_ids, np.int64)
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Naming the blocks that rows fill, in the prefix cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.arrays import BlockIds, Int64s, Rows
+from pagedkv.block_keys import Key
+from pagedkv.prefix_cache import PrefixCache
+from pagedkv.sequences import SequenceTable
+
+__all__ = ["BlockNaming", "in_order_of_steps"]
+
+
+def in_order_of_steps(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s, Int64s]:
+    """Things that happen to row i `counts[i]` times: first in step `first_steps[i]`, then every `period` steps.
+
+    Returns, for each of them in order of rows, whose it is and in which step, and the permutation into order of steps.
+
+    >>> owners, steps, order = in_order_of_steps(np.array([2, 1]), np.array([3, 1]), period=4)
+    >>> owners.tolist(), steps.tolist(), order.tolist()
+    ([0, 0, 1], [3, 7, 1], [2, 0, 1])
+    """
+    owners = counts.nonzero()[0]
+    total = int(np.add.reduce(counts))
+    if total == len(owners):
+        steps = first_steps[owners]
+    else:
+        owners = owners.repeat(counts[owners])
+        nth = np.arange(total) - (counts.cumsum() - counts)[owners]
+        steps = first_steps[owners] + nth * period
+    return owners, steps, steps.argsort(kind="stable")
+
+
+class BlockNaming:
+    """Names blocks when the plan that fills them is made, and remembers what a step named, in case it fails.
+
+    A row names a block only while all of its blocks before it are the named ones: `num_named` says how many are.
+    """
+
+    __slots__ = ("_cache", "_named_in_step", "_table")
+
+    def __init__(self, cache: PrefixCache, table: SequenceTable) -> None:
+        self._cache = cache
+        self._table = table
+        self._named_in_step: list[BlockIds] | None = None
+
+    def begin_step(self) -> None:
+        """A step is being planned: from here on, remember what is named."""
+        self._named_in_step = []
+
+    def end_step(self) -> BlockIds:
+        """The step is over: remember no more. Returns what it named and still has its name."""
+        named = np.concatenate([np.empty(0, np.int64), *(self._named_in_step or ())])
+        self._named_in_step = None
+        return named
+
+    def pause(self) -> list[BlockIds] | None:
+        """What is named now belongs to no step; give what this returns to `resume`."""
+        named, self._named_in_step = self._named_in_step, None
+        return named
+
+    def resume(self, named: list[BlockIds] | None) -> None:
+        """Go on where `pause` was called."""
+        self._named_in_step = named
+
+    def name_filled(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
+        """Name the blocks that the tokens `starts[i]` to `stops[i] - 1` of each row fill. O(rows + blocks)."""
+        table = self._table
+        first, last = starts // table.block_size, stops // table.block_size
+        filling = ((last > first) & (table.num_named[rows] == first)).nonzero()[0]
+        if not len(filling):
+            return
+        is_single = (last - first)[filling] == 1
+        if is_single.any():
+            self.name_single(rows[filling[is_single]], first[filling[is_single]])
+            filling = filling[~is_single]
+        for i in filling.tolist():
+            self.name_run(int(rows[i]), int(first[i]), int(last[i]))
+
+    def name_run(self, row: int, first: int, last: int) -> None:
+        """Name blocks `first` to `last - 1` of a row whose blocks before them are the named ones. O(blocks)."""
+        table = self._table
+        block_ids = table.block_tables[row, first:last].astype(np.int64)
+        keys = table.content(row).keys(last)[first:last]
+        parent_id = int(table.block_tables[row, first - 1]) if first else -1
+        if self._cache.name_chain(keys, block_ids, parent_id):
+            table.num_named[row] = last
+            self._remember(block_ids)
+
+    def name_single(self, rows: Rows, block_idx: Int64s) -> None:
+        """Name block `block_idx[i]` of each row, unless its chain left the named one: the common case of decoding."""
+        table = self._table
+        is_on_chain = table.num_named[rows] == block_idx
+        if not is_on_chain.all():
+            rows, block_idx = rows[is_on_chain], block_idx[is_on_chain]
+        content = table.content
+        keys = [content(row).key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]
+        block_ids = table.blocks_at(rows, block_idx)
+        is_new = self._cache.name_each(keys, block_ids, self._parents(rows, block_idx))
+        table.num_named[rows] += is_new
+        self._remember(block_ids[is_new])
+
+    def name_steps(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
+        """Name the blocks that single-token steps of simulated rows fill, by step, then by row.
+
+        Such names are new: nobody else has them. O(rows + blocks).
+        """
+        table = self._table
+        first = starts // table.block_size
+        num_filled = stops // table.block_size - first
+        num_filled *= table.num_named[rows] == first
+        if not int(np.add.reduce(num_filled)):
+            return
+        owners, steps, order = in_order_of_steps(num_filled, -(starts + 1) % table.block_size, table.block_size)
+        owners, steps = owners[order], steps[order]
+        filling, block_idx = rows[owners], (starts[owners] + steps) // table.block_size
+        block_ids = table.blocks_at(filling, block_idx)
+        keys: list[Key] = (table.name_bases[filling] - block_idx).tolist()
+        self._cache.name_fresh(keys, block_ids, self._parents(filling, block_idx))
+        table.num_named[rows] += num_filled
+        self._remember(block_ids)
+
+    def _parents(self, rows: Rows, block_idx: Int64s) -> BlockIds:
+        parent_ids = self._table.blocks_at(rows, block_idx - 1)
+        parent_ids[block_idx == 0] = -1
+        return parent_ids
+
+    def _remember(self, block_ids: BlockIds) -> None:
+        if self._named_in_step is not None:
+            self._named_in_step.append(block_ids)
