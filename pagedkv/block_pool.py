@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int32s, as_int
-from pagedkv.errors import BlockStateError, InvariantViolation, OutOfBlocksError
+from pagedkv.errors import BlockStateError, ConfigError, InvariantViolation, OutOfBlocksError
 from pagedkv.eviction.lru import LRU
 from pagedkv.eviction.protocol import EvictionPolicy
 
@@ -47,6 +47,10 @@ class BlockPool:
     def __init__(self, num_blocks: int, policy: EvictionPolicy | None = None) -> None:
         self.num_blocks = as_int("num_blocks", num_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
         self.policy: EvictionPolicy = LRU(num_blocks) if policy is None else policy
+        if self.policy.num_blocks != num_blocks:
+            raise ConfigError(
+                f"the eviction policy was made for {self.policy.num_blocks} blocks, the pool has {num_blocks}"
+            )
         self.on_evict: Callable[[BlockIds], None] | None = None
         self._state = np.zeros(num_blocks, np.int32)
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # A stack: the next block out is the last one.

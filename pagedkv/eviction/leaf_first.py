@@ -27,13 +27,14 @@ class LeafFirst(ABC):
     (`_next_victim`).
     """
 
-    __slots__ = ("_next_number", "_numbers", "_tree", "_view_numbers")
+    __slots__ = ("_next_number", "_numbers", "_tree", "_view_numbers", "num_blocks")
 
     name: str
     tracks_names = True
 
     def __init__(self, num_blocks: int) -> None:
         num_blocks = as_int("num_blocks", num_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
+        self.num_blocks = num_blocks
         self._tree = PrefixTree(num_blocks)
         self._numbers = np.zeros(num_blocks, np.int64)
         self._view_numbers = self._numbers.data

@@ -24,12 +24,13 @@ class LRU:
     sequences are let go deepest block first, so ancestors always come later in the log.
     """
 
-    __slots__ = ("_head", "_log", "_num_holes", "_place", "_tail")
+    __slots__ = ("_head", "_log", "_num_holes", "_place", "_tail", "num_blocks")
 
     name = "lru"
     tracks_names = False
 
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self._log = np.empty(2 * num_blocks + 64, np.int32)
         self._place = np.zeros(num_blocks, np.int32)
         self._head = 0

@@ -35,6 +35,9 @@ class EvictionPolicy(Protocol):
     Decisions are a function of these calls alone: no clock, no randomness, and no two blocks ever tie.
     """
 
+    num_blocks: int
+    """Size of the pool that it was made for."""
+
     @property
     def name(self) -> str:
         """Short name for reports: `lru`, `fifo`, ..."""

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv import BlockPool, BlockStateError, InvalidArgumentError, InvariantViolation, OutOfBlocksError
+from pagedkv import (
+    BlockPool,
+    BlockStateError,
+    ConfigError,
+    InvalidArgumentError,
+    InvariantViolation,
+    OutOfBlocksError,
+)
+from pagedkv.eviction import LRU
 
 
 def ids(*block_ids: int) -> np.ndarray:
@@ -236,3 +244,8 @@ def test_the_recount_finds_a_corrupted_pool(corrupt: Callable[[BlockPool], None]
     corrupt(pool)
     with pytest.raises(InvariantViolation, match=r"^I2: "):
         pool.check_invariants()
+
+
+def test_a_policy_made_for_a_pool_of_another_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="made for 5 blocks, the pool has 4"):
+        BlockPool(4, LRU(5))
