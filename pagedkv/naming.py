@@ -84,9 +84,10 @@ class BlockNaming:
         block_ids = table.block_tables[row, first:last].astype(np.int64)
         keys = table.content(row).keys(last)[first:last]
         parent_id = int(table.block_tables[row, first - 1]) if first else -1
-        if self._cache.name_chain(keys, block_ids, parent_id):
-            table.num_named[row] = last
-            self._remember(block_ids)
+        num_named = self._cache.name_chain(keys, block_ids, parent_id)
+        if num_named:
+            table.num_named[row] = first + num_named
+            self._remember(block_ids[:num_named])
 
     def name_single(self, rows: Rows, block_idx: Int64s) -> None:
         """Name block `block_idx[i]` of each row, unless its chain left the named one: the common case of decoding."""

@@ -60,19 +60,22 @@ class PrefixCache:
         first = keys if len(keys) == num_keys else keys[:num_keys]
         return np.array(list(map(self._block_of.__getitem__, first)), np.int64)
 
-    def name_chain(self, keys: Sequence[Key], block_ids: BlockIds, parent_id: int) -> bool:
-        """Name a run of held blocks, the first continuing `parent_id` (-1: none).
+    def name_chain(self, keys: Sequence[Key], block_ids: BlockIds, parent_id: int) -> int:
+        """Name a run of held blocks, the first continuing `parent_id` (-1: none), up to the first key that names another.
 
-        Returns False, naming none, if the first key already names another block: then the run is a duplicate.
-        (If it does not, no later key can be resident either.) O(n).
+        Returns how many were named. If the first key names another block, the run is a duplicate and none is; a later
+        key can be resident only where simulated ids contradict each other (one id after two different prefixes). O(n).
         """
-        if keys[0] in self._block_of:
-            return False
+        if not self._block_of.keys().isdisjoint(keys):
+            keys = keys[: next(i for i, key in enumerate(keys) if key in self._block_of)]
+            block_ids = block_ids[: len(keys)]
+            if not len(keys):
+                return 0
         parent_ids = block_ids
         if self._pool.policy.tracks_names:
             parent_ids = np.concatenate((np.array([parent_id], np.int64), block_ids[:-1]))
         self.name_fresh(list(keys), block_ids, parent_ids)
-        return True
+        return len(keys)
 
     def name_fresh(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> None:
         """Name held blocks; `block_ids[i]` continues `parent_ids[i]` (-1: none), and no key names a block yet. O(n)."""

@@ -19,6 +19,11 @@ def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
     memory.host_pool.check_invariants()
     memory.cache.check_invariants()
     table = memory.sequences
+    if table.num_live != int(table.is_live.sum()):
+        raise InvariantViolation("I10", f"{table.num_live} live rows counted, {int(table.is_live.sum())} there")
+    num_marked = int(table.has_shared_tail[table.is_live].sum())
+    if memory.shared_tails.num_marked != num_marked:
+        raise InvariantViolation("I5", f"{memory.shared_tails.num_marked} shared tails counted, {num_marked} marked")
     rows = np.flatnonzero(table.is_live)
     held = [table.blocks(row) for row in rows.tolist()]
     all_ids = np.arange(memory.pool.num_blocks)

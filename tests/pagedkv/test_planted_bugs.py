@@ -79,8 +79,10 @@ BUGS = {
     ),
     "an evicted block keeps its name": Bug(PrefixCache, "_forget", "del block_of[key]", "pass"),
     "eviction is not reported": Bug(BlockPool, "_evict", "self.on_evict(block_ids)", "pass"),
-    "a duplicate takes the name over": Bug(PrefixCache, "name_chain", "if keys[0] in self._block_of:", "if False:"),
-    "a duplicate goes on naming": Bug(PrefixCache, "name_chain", "return False", "return True"),
+    "a duplicate takes the name over": Bug(
+        PrefixCache, "name_chain", "if not self._block_of.keys().isdisjoint(keys):", "if False:"
+    ),
+    "a duplicate goes on naming": Bug(PrefixCache, "name_chain", "return 0", "return 1"),
     "of a longer prefix only half is found": Bug(
         PrefixCache, "num_resident", "(low + high + 1) // 2", "high // 2 or 1; high = middle"
     ),
@@ -145,9 +147,12 @@ BUGS = {
 }  # fmt: skip
 
 
+# Read once, so that editing the code during a run shifts no lines.
+SOURCES = {bug: textwrap.dedent(inspect.getsource(getattr(bug.owner, bug.function))) for bug in BUGS.values()}
+
+
 def plant(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = getattr(bug.owner, bug.function)
-    source = textwrap.dedent(inspect.getsource(function))
+    function, source = getattr(bug.owner, bug.function), SOURCES[bug]
     if source.count(bug.found) != 1:
         pytest.fail(f"{bug.function} no longer holds {bug.found!r} once: plant this bug anew")
     namespace = dict(vars(sys.modules[function.__module__]))

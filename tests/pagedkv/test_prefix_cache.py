@@ -58,7 +58,7 @@ def test_blocks_come_in_the_order_of_their_keys(cache: PrefixCache) -> None:
 
 def test_the_first_block_with_a_key_keeps_the_name(pool: BlockPool, cache: PrefixCache) -> None:
     duplicate = pool.allocate(2)
-    assert cache.name_chain([b"a", b"x"], duplicate, -1) is False
+    assert cache.name_chain([b"a", b"x"], duplicate, -1) == 0
     assert cache.blocks([b"a"], 1).tolist() == [0]
     assert pool.is_named(duplicate).tolist() == [False, False]
     assert len(cache) == 3
@@ -116,3 +116,15 @@ def test_the_recount_finds_two_blocks_that_changed_names(cache: PrefixCache) -> 
     cache._block_of[b"a"], cache._block_of[b"b"] = 1, 0
     with pytest.raises(InvariantViolation, match=r"^I3: block 0 has a key that names another block"):
         cache.check_invariants()
+
+
+def test_ids_that_contradict_each_other_leave_one_block_to_a_name() -> None:
+    pool = BlockPool(4)
+    cache = PrefixCache(pool)
+    cache.name_chain([1, 2], pool.allocate(2), -1)
+
+    assert cache.name_chain([3, 2], pool.allocate(2), -1) == 1
+
+    cache.check_invariants()
+    assert cache.blocks([1, 2], 2).tolist() == [0, 1]
+    assert cache.key_of(3) is None

@@ -103,7 +103,7 @@ def test_the_names_of_a_failed_step_are_forgotten(manager: KVCacheManager) -> No
     manager.open("a", [1, 2, 3, 4])
     manager.append("a", 2)
     manager.memory.begin_step()
-    manager.append("a", 2)
+    manager.memory.try_append_run(manager.row("a"), 2)
     assert manager.memory.unname_step().tolist() == [1]
     with manager.lookup([1, 2, 3, 4, 5]) as hit:
         assert hit.num_tokens == 2

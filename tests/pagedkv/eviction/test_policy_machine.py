@@ -216,7 +216,7 @@ class PolicyMachine(RuleBasedStateMachine):
         start = sequence.num_named
         names = [sequence.text[: i + 1] for i in range(start, num_named)]
         parent = int(sequence.blocks[start - 1]) if start else -1
-        is_new = self.cache.name_chain([name.encode() for name in names], sequence.blocks[start:num_named], parent)
+        is_new = self.cache.name_chain([name.encode() for name in names], sequence.blocks[start:num_named], parent) > 0
         assert is_new == (names[0] not in self.model.holders)
         sequence.may_name = is_new
         if is_new:
