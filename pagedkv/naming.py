@@ -12,14 +12,14 @@ from pagedkv.sequences import SequenceTable
 __all__ = ["BlockNaming", "in_order_of_steps"]
 
 
-def in_order_of_steps(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s, Int64s]:
+def in_order_of_steps(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s]:
     """Things that happen to row i `counts[i]` times: first in step `first_steps[i]`, then every `period` steps.
 
-    Returns, for each of them in order of rows, whose it is and in which step, and the permutation into order of steps.
+    Returns, for each of them in order of steps, then rows, to which row it happens and in which step.
 
-    >>> owners, steps, order = in_order_of_steps(np.array([2, 1]), np.array([3, 1]), period=4)
-    >>> owners.tolist(), steps.tolist(), order.tolist()
-    ([0, 0, 1], [3, 7, 1], [2, 0, 1])
+    >>> owners, steps = in_order_of_steps(np.array([2, 1]), np.array([3, 1]), period=4)
+    >>> owners.tolist(), steps.tolist()
+    ([1, 0, 0], [1, 3, 7])
     """
     owners = counts.nonzero()[0]
     total = int(np.add.reduce(counts))
@@ -29,7 +29,8 @@ def in_order_of_steps(counts: Int64s, first_steps: Int64s, period: int) -> tuple
         owners = owners.repeat(counts[owners])
         nth = np.arange(total) - (counts.cumsum() - counts)[owners]
         steps = first_steps[owners] + nth * period
-    return owners, steps, steps.argsort(kind="stable")
+    order = steps.argsort(kind="stable")
+    return owners[order], steps[order]
 
 
 class BlockNaming:
@@ -102,27 +103,29 @@ class BlockNaming:
         table.num_named[rows] += is_new
         self._remember(block_ids[is_new])
 
-    def name_steps(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
-        """Name the blocks that single-token steps of simulated rows fill, by step, then by row.
+    def name_fresh(self, rows: Rows, first: Int64s, counts: Int64s, *, owners: Int64s, block_idx: Int64s) -> None:
+        """Name blocks that simulated rows fill as they decode. Such names are new: nobody else has them.
 
-        Such names are new: nobody else has them. O(rows + blocks).
+        Row i fills `counts[i]` blocks, from its `first[i]`-th on; the j-th block to be named is block `block_idx[j]` of row
+        `rows[owners[j]]`. O(rows + blocks).
         """
         table = self._table
-        first = starts // table.block_size
-        num_filled = stops // table.block_size - first
-        num_filled *= table.num_named[rows] == first
-        if not int(np.add.reduce(num_filled)):
-            return
-        owners, steps, order = in_order_of_steps(num_filled, -(starts + 1) % table.block_size, table.block_size)
-        owners, steps = owners[order], steps[order]
-        filling, block_idx = rows[owners], (starts[owners] + steps) // table.block_size
+        is_on_chain = table.num_named[rows] == first
+        if not is_on_chain.all():
+            counts = counts * is_on_chain
+            kept = is_on_chain[owners]
+            owners, block_idx = owners[kept], block_idx[kept]
+        filling = rows[owners]
         block_ids = table.blocks_at(filling, block_idx)
         keys: list[Key] = (table.name_bases[filling] - block_idx).tolist()
         self._cache.name_fresh(keys, block_ids, self._parents(filling, block_idx))
-        table.num_named[rows] += num_filled
+        table.num_named[rows] += counts
         self._remember(block_ids)
 
     def _parents(self, rows: Rows, block_idx: Int64s) -> BlockIds:
+        """Blocks before these, -1 where there is none; not looked up for a policy that does not ask."""
+        if not self._cache.tracks_names:
+            return block_idx
         parent_ids = self._table.blocks_at(rows, block_idx - 1)
         parent_ids[block_idx == 0] = -1
         return parent_ids

@@ -39,6 +39,11 @@ class PrefixCache:
         """Number of named blocks. O(1)."""
         return len(self._block_of)
 
+    @property
+    def tracks_names(self) -> bool:
+        """Whether the eviction policy must be told of names and parents. O(1)."""
+        return self._pool.policy.tracks_names
+
     def num_resident(self, keys: Sequence[Key], num_keys: int) -> int:
         """Length of the longest resident prefix of `keys[:num_keys]`, in blocks. O(log num_keys), pins nothing."""
         block_of = self._block_of

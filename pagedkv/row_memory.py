@@ -250,7 +250,7 @@ class RowMemory:
         return low
 
     def append_steps(self, rows: Rows, num_steps: int) -> Int64s:
-        """Append `num_steps` tokens to each row of simulated content, one in each step, each step making one more known.
+        """Append `num_steps` >= 1 tokens to each row of simulated content, one a step, each step making one more known.
 
         Blocks are taken and named in the order in which single steps would have done it: by step, then by row. The
         caller has made sure that they suffice. Returns (num_steps,) int64: blocks taken in each. O(rows + blocks).
@@ -260,22 +260,25 @@ class RowMemory:
         stops = starts + num_steps
         table.num_known[rows] = stops + 1
         table.num_computed[rows] = stops
-        num_new = -(-stops // block_size) - table.num_blocks[rows]
-        total = int(np.add.reduce(num_new))
+        first = starts // block_size
+        offsets = starts - first * block_size
+        num_filled = (offsets + num_steps) // block_size
+        owners, steps = in_order_of_steps(num_filled, block_size - 1 - offsets, block_size)
+        filled = (starts[owners] + steps) // block_size
         num_taken = np.zeros(num_steps, np.int64)
-        if total:
-            # Row i takes its blocks in the steps in which it writes the first slot of a block.
-            _owners, steps, order = in_order_of_steps(num_new, -starts % block_size, block_size)
-            block_ids = np.empty(total, np.int64)
-            block_ids[order] = self.pool.allocate(total)
-            growing = num_new.nonzero()[0]
-            if len(growing) == total:
-                table.append_single(rows[growing], block_ids)
-            else:
-                table.append_blocks(rows[growing], num_new[growing], block_ids)
-            num_taken = np.bincount(steps, minlength=num_steps)
-        if self.caches_prefixes:
-            self.naming.name_steps(rows, starts, stops)
+        # A row takes a block in the step after it filled one, and in the first step if it stands at a block's start.
+        at_start = (offsets == 0).nonzero()[0]
+        num_later = int(steps.searchsorted(num_steps - 1))
+        if len(at_start) + num_later:
+            table.reserve_width(int(np.maximum.reduce(stops) - 1) // block_size + 1)
+            block_ids = self.pool.allocate(len(at_start) + num_later)
+            table.block_tables[rows[at_start], first[at_start]] = block_ids[: len(at_start)]
+            table.block_tables[rows[owners[:num_later]], filled[:num_later] + 1] = block_ids[len(at_start) :]
+            table.num_blocks[rows] = (stops + block_size - 1) // block_size
+            num_taken = np.bincount(steps[:num_later] + 1, minlength=num_steps)
+            num_taken[0] = len(at_start)
+        if self.caches_prefixes and len(owners):
+            self.naming.name_fresh(rows, first, num_filled, owners=owners, block_idx=filled)
         return num_taken
 
     # Sharing

@@ -64,8 +64,7 @@ class SequenceTable:
         if not self._free_rows:
             self._grow_rows()
         num_blocks = len(block_ids)
-        if num_blocks > self.block_tables.shape[1]:
-            self._grow_width(num_blocks)
+        self.reserve_width(num_blocks)
         row = self._free_rows.pop()
         self.num_live += 1
         self.is_live[row] = True
@@ -107,9 +106,7 @@ class SequenceTable:
         """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
         held = self.num_blocks[rows]
         total = held + num_new
-        width = int(np.maximum.reduce(total))
-        if width > self.block_tables.shape[1]:
-            self._grow_width(width)
+        self.reserve_width(int(np.maximum.reduce(total)))
         offsets = num_new.cumsum() - num_new
         columns = (held - offsets).repeat(num_new) + np.arange(len(block_ids))
         self.block_tables[rows.repeat(num_new), columns] = block_ids
@@ -118,16 +115,19 @@ class SequenceTable:
     def append_single(self, rows: Rows, block_ids: BlockIds) -> None:
         """Append one block to each row. O(n)."""
         held = self.num_blocks[rows]
-        if int(np.maximum.reduce(held)) >= self.block_tables.shape[1]:
-            self._grow_width(int(held.max()) + 1)
+        self.reserve_width(int(np.maximum.reduce(held)) + 1)
         self.block_tables[rows, held] = block_ids
         self.num_blocks[rows] = held + 1
+
+    def reserve_width(self, num_blocks: int) -> None:
+        """Make room for tables of `num_blocks` blocks. O(1) amortised."""
+        if num_blocks > self.block_tables.shape[1]:
+            self._grow_width(num_blocks)
 
     def append_run(self, row: int, held: int, block_ids: BlockIds) -> None:
         """Append blocks to one row that holds `held`. O(n)."""
         total = held + len(block_ids)
-        if total > self.block_tables.shape[1]:
-            self._grow_width(total)
+        self.reserve_width(total)
         self.block_tables[row, held:total] = block_ids
         self.num_blocks[row] = total
 

@@ -325,13 +325,14 @@ class Scheduler:
 
     def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> Grants:
         table = self._memory.sequences
-        rest = table.num_known[rows] - starts - num_tokens
-        is_prefilling = rest > 0
-        num_promised = int((-(-table.num_known[rows] // table.block_size) - table.num_blocks[rows]).sum())
-        budget = self.config.max_num_batched_tokens - int(num_tokens.sum())
-        return self._admission.admit(
-            budget, num_promised, int(np.count_nonzero(is_prefilling)), now=now, step=self._step
-        )
+        num_planned = int(np.add.reduce(num_tokens))
+        num_promised = num_prefilling = 0
+        if num_planned > len(rows):
+            known = table.num_known[rows]
+            num_promised = int(np.add.reduce(-(-known // table.block_size) - table.num_blocks[rows]))
+            num_prefilling = int(np.count_nonzero(known > starts + num_tokens))
+        budget = self.config.max_num_batched_tokens - num_planned
+        return self._admission.admit(budget, num_promised, num_prefilling, now=now, step=self._step)
 
     def _choose_sampling(self, rows: Rows, stops: Int64s) -> tuple[Rows, Int64s]:
         """Rows that need a token: those that catch up with what is known and are not at their end. Forks samples."""
@@ -339,7 +340,7 @@ class Scheduler:
         caught_up = stops == known
         if self._num_prefill_only:
             caught_up &= known < self._running.max_tokens[rows]
-        sources = np.flatnonzero(caught_up)
+        sources = caught_up.nonzero()[0]
         sampling_rows = rows[sources]
         unforked = self._running.unforked
         if unforked:

@@ -148,7 +148,7 @@ class Simulator:
         times = np.empty(len(contexts) + 1)
         times[0] = start
         times[1:] = self._cost_model.step_time(StepLoad(num_rows, num_rows, num_rows, contexts, contexts))
-        np.cumsum(times, out=times)
+        times.cumsum(out=times)
         num_steps = int(times[1:-1].searchsorted(next_arrival)) + 1
         times = times[: num_steps + 1]
         end = float(times[-1])
