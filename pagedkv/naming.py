@@ -69,7 +69,8 @@ class BlockNaming:
         """Name the blocks that the tokens `starts[i]` to `stops[i] - 1` of each row fill. O(rows + blocks)."""
         table = self._table
         first, last = starts // table.block_size, stops // table.block_size
-        filling = ((last > first) & (table.num_named[rows] == first)).nonzero()[0]
+        filling = (last > first).nonzero()[0]
+        filling = filling[table.num_named[rows[filling]] == first[filling]]
         if not len(filling):
             return
         is_single = (last - first)[filling] == 1

@@ -298,10 +298,14 @@ class Scheduler:
                 return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES
             starts = table.num_computed[rows]
             num_tokens = table.num_known[rows] - starts
-            if int(np.add.reduce(num_tokens)) == len(rows):
+            num_wanted = int(np.add.reduce(num_tokens))
+            if num_wanted == len(rows):
                 copies = self._memory.try_append_single(rows, starts)
             else:
-                rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
+                # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
+                self._admission.is_open = True
+                if num_wanted > self.config.max_num_batched_tokens or self.config.long_prefill_tokens is not None:
+                    rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
                 copies = self._memory.try_append(rows, num_tokens)
             if copies is not None:
                 return rows.copy(), starts, num_tokens, copies
@@ -311,8 +315,6 @@ class Scheduler:
 
     def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
         """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
-        # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
-        self._admission.is_open = True
         cap = self.config.long_prefill_tokens
         if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
             wanted = np.minimum(wanted, cap)

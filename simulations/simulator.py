@@ -30,7 +30,8 @@ def load_of(plan: StepPlan) -> StepLoad:
     if num_tokens == num_rows:
         num_pairs = sum_starts + num_rows
     else:
-        num_pairs = int((plan.num_tokens * plan.starts + plan.num_tokens * (plan.num_tokens + 1) // 2).sum())
+        # n tokens from position s on see n * s + n * (n + 1) / 2 keys.
+        num_pairs = int(np.add.reduce(plan.num_tokens * (2 * plan.starts + plan.num_tokens + 1))) // 2
     return StepLoad(
         num_rows=num_rows,
         num_tokens=num_tokens,
