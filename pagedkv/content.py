@@ -62,16 +62,16 @@ class SimulatedPrompt:
         if len(self.content_ids) == 0 or num_full == 0:
             return []
         ids = np.asarray(self.content_ids, np.int64)
-        if self.content_block_size % block_size == 0:
+        if block_size % self.content_block_size == 0:
+            # An id names its whole prefix, so the last id inside a larger block names that block.
+            step = block_size // self.content_block_size
+            keys = ids[step - 1 : num_full * step : step]
+        elif self.content_block_size % block_size == 0:
             parts = self.content_block_size // block_size
             block_idx = np.arange(min(num_full, len(ids) * parts))
             if int(ids.max()) >= MAX_CONTENT_ID // parts:
                 ids = ids.astype(object)  # Python integers, which do not wrap.
             keys = ids[block_idx // parts] * parts + block_idx % parts
-        elif block_size % self.content_block_size == 0:
-            # An id names its whole prefix, so the last id inside a larger block names that block.
-            step = block_size // self.content_block_size
-            keys = ids[step - 1 : num_full * step : step]
         else:
             raise InvalidArgumentError(
                 f"block_size {block_size} must divide, or be a multiple of, the content ids' {self.content_block_size}"
