@@ -4,16 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from pagedkv import CacheConfig, KVCacheManager
 
 # Tests are imported without a package around them; memory_model and memory_machine are found beside this file.
 sys.path.append(str(Path(__file__).parent))
-
-# The same examples in every run, however busy the machine.
-settings.register_profile("steady", deadline=None, derandomize=True)
-settings.load_profile("steady")
 
 
 @pytest.fixture

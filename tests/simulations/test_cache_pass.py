@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from pagedkv.simulations.cache_pass import CachePass, num_distinct_blocks, repla
 from pagedkv.simulations.offline_optimum import offline_optimum
 from pagedkv.simulations.traces import load_trace
 
-CONVERSATION = Path(__file__).resolve().parents[3] / "shared" / "traces" / "mooncake_fast25_conversation.jsonl.gz"
 CAPACITIES = [1_000, 5_859, 10_000, 30_000, 50_000, 97_656, 100_000]
 
 # Hit ratios of leaf-first eviction, tail before head, at these capacities; LRU and MIN as published with the trace
@@ -35,11 +35,9 @@ PLAIN_FIFO_HIT_RATIOS = [0.0434, 0.1248, 0.1815, 0.2944, 0.3335, 0.3560, 0.3563]
 
 
 @pytest.fixture(scope="module")
-def conversation() -> list[np.ndarray]:
+def conversation(shared_trace: Callable[[str], Path]) -> list[np.ndarray]:
     """The content ids of every request of the conversation trace."""
-    if not CONVERSATION.exists():
-        pytest.skip(f"the public trace {CONVERSATION.name} is not beside this checkout")
-    trace = load_trace(CONVERSATION)
+    trace = load_trace(shared_trace("mooncake_fast25_conversation.jsonl.gz"))
     return [trace.content_ids(i) for i in range(len(trace))]
 
 

@@ -37,9 +37,9 @@ REPLAYS = [
 
 @pytest.mark.parametrize(("name", "limit", "config"), REPLAYS)
 def test_a_replay_ends_with_every_block_free_and_no_request_lost(
-    real_trace, monkeypatch: pytest.MonkeyPatch, name: str, limit: int | None, config: dict
+    shared_trace, monkeypatch: pytest.MonkeyPatch, name: str, limit: int | None, config: dict
 ) -> None:
-    trace = load_trace(real_trace(name))
+    trace = load_trace(shared_trace(name))
     trace = trace if limit is None else trace.head(limit)
     schedulers: list[Scheduler] = []
     original = Scheduler.__init__
@@ -84,20 +84,20 @@ def digest_of_replay(path: Path, out: Path, hash_seed: str) -> tuple[dict, str]:
 
 
 @pytest.mark.parametrize("name", [CONVERSATION, CLIENTS])
-def test_two_runs_give_the_same_bytes_whatever_the_hash_seed(real_trace, tmp_path: Path, name: str) -> None:
+def test_two_runs_give_the_same_bytes_whatever_the_hash_seed(shared_trace, tmp_path: Path, name: str) -> None:
     runs = []
     for hash_seed in ("0", "0", "1"):
         out = tmp_path / f"{len(runs)}"
         out.mkdir()
-        summary, events = digest_of_replay(real_trace(name), out, hash_seed)
+        summary, events = digest_of_replay(shared_trace(name), out, hash_seed)
         kept = {key: value for key, value in summary.items() if key not in WALL_CLOCK}
         runs.append((kept, events, (out / "requests.csv").read_bytes()))
 
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_the_small_pool_really_preempts(real_trace) -> None:
-    trace = load_trace(real_trace(CONVERSATION)).head(3000)
+def test_the_small_pool_really_preempts(shared_trace) -> None:
+    trace = load_trace(shared_trace(CONVERSATION)).head(3000)
 
     summary = summarize(replay(trace, ReplayConfig(num_blocks=1500, preemption="swap")))
 

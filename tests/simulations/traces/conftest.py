@@ -1,4 +1,4 @@
-"""Fixtures: trace files written on the spot, and the public traces that lie beside the checkout."""
+"""Fixtures: trace files written on the spot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 
 from pagedkv.errors import TraceError
 from pagedkv.simulations.traces import Trace, load_trace
-
-SHARED_TRACES = Path(__file__).resolve().parents[4] / "shared" / "traces"
 
 Load = Callable[..., Trace]
 LoadError = Callable[..., str]
@@ -41,16 +39,3 @@ def load_error(load: Load, tmp_path: Path) -> LoadError:
         return message.removeprefix(f"{tmp_path}/")
 
     return write_and_fail
-
-
-@pytest.fixture
-def shared_trace() -> Callable[[str], Path]:
-    """Find a public trace by name, or skip."""
-
-    def find(name: str) -> Path:
-        path = SHARED_TRACES / name
-        if not path.exists():
-            pytest.skip(f"the public trace {name} is not beside this checkout")
-        return path
-
-    return find

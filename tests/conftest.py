@@ -1,0 +1,28 @@
+"""What tests of every part share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+SHARED_TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
+
+# The same examples in every run, however busy the machine.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def shared_trace() -> Callable[[str], Path]:
+    """Find a public trace by name, or skip."""
+
+    def find(name: str) -> Path:
+        path = SHARED_TRACES / name
+        if not path.exists():
+            pytest.skip(f"the public trace {name} is not beside this checkout")
+        return path
+
+    return find
