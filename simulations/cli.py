@@ -186,16 +186,18 @@ def _progress(num_requests: int) -> Iterator[Callable[[int], None] | None]:
         yield lambda num_ended: bar.update(task, completed=num_ended)
 
 
-def _mount_traces() -> None:
+def _mount_others() -> None:
+    from pagedkv.simulations.cache_command import cache
     from pagedkv.simulations.traces.command import app as traces_app
 
+    app.command()(cache)
     app.add_typer(traces_app, name="traces", help="List, describe, convert and generate request traces.")
 
 
 def main() -> None:
     """Run the command; errors of the user are one line on standard error and exit code 2."""
     if sys.argv[1:2] != ["replay"]:  # Its imports would be a tenth of a replay's start-up.
-        _mount_traces()
+        _mount_others()
     try:
         app()
     except (PagedKVError, OSError) as error:

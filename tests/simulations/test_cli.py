@@ -117,3 +117,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
+
+
+def test_the_cache_command_prints_policies_beside_the_optimum_and_the_ceiling(tmp_path: Path) -> None:
+    requests = [(8, [1, 2]), (8, [3, 4]), (8, [1, 2]), (12, [1, 2, 5])]
+    rows = [
+        json.dumps({"arrival_s": 0, "prompt_tokens": tokens, "output_tokens": 1, "hash_block_size": 4, "hash_ids": ids})
+        for tokens, ids in requests
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows) + "\n")
+
+    result = run("cache", "t.jsonl", "--capacity", "2", "--capacity", "9", "--json", cwd=tmp_path)
+
+    shown = json.loads(result.stdout)
+    assert shown["capacities"] == [2, 9]
+    assert shown["hit_ratios"]["lru"] == [2 / 9, 4 / 9]
+    assert shown["hit_ratios"]["MIN"] == [4 / 9, 4 / 9]
+    assert shown["infinite"] == 4 / 9
+    assert "infinite cache: 0.4444 (5 distinct blocks of 4 tokens)" in run("cache", "t.jsonl", cwd=tmp_path).stdout
+
+
+def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+
+    result = run("cache", "t.csv", cwd=tmp_path)
+
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: t.csv: expected a trace that names shared blocks, found none named\n",
+    )
