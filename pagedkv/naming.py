@@ -50,10 +50,9 @@ class BlockNaming:
         """A step is being planned: from here on, remember what is named."""
         self._named_in_step = []
 
-    def end_step(self) -> BlockIds:
-        """The step is over: remember no more. Returns what it named and still has its name."""
-        named = np.concatenate([np.empty(0, np.int64), *(self._named_in_step or ())])
-        self._named_in_step = None
+    def end_step(self) -> list[BlockIds]:
+        """The step is over: remember no more. Returns what it named."""
+        named, self._named_in_step = self._named_in_step or [], None
         return named
 
     def pause(self) -> list[BlockIds] | None:
@@ -71,12 +70,11 @@ class BlockNaming:
         first, last = starts // table.block_size, stops // table.block_size
         filling = (last > first).nonzero()[0]
         filling = filling[table.num_named[rows[filling]] == first[filling]]
-        if not len(filling):
-            return
-        is_single = (last - first)[filling] == 1
-        if is_single.any():
-            self.name_single(rows[filling[is_single]], first[filling[is_single]])
-            filling = filling[~is_single]
+        if len(filling) > 1:
+            is_single = (last - first)[filling] == 1
+            if is_single.any():
+                self.name_single(rows[filling[is_single]], first[filling[is_single]])
+                filling = filling[~is_single]
         for i in filling.tolist():
             self.name_run(int(rows[i]), int(first[i]), int(last[i]))
 

@@ -391,7 +391,7 @@ class RowMemory:
 
     def unname_step(self) -> BlockIds:
         """The step failed: forget the names that it gave, since the blocks were never filled, and return the blocks."""
-        named = self.naming.end_step()
+        named = np.concatenate([NO_COPIES.sources, *self.naming.end_step()])
         named = named[self.pool.is_named(named)]
         self.cache.unname(named)
         return named

@@ -77,7 +77,7 @@ class Admission:
         blocked: list[Sample] = []
         self.is_open = False
         while len(queue) > len(blocked):
-            sample = queue.first(len(blocked) + 1)[-1]
+            sample = queue.nth(len(blocked))
             if self._running.num_seats + sample.num_samples > self._config.max_num_running:
                 self._defer(sample, "no seat", now, step)
                 break

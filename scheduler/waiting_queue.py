@@ -34,6 +34,7 @@ class WaitingQueue:
         """Take a sample out. O(log n)."""
         del self._samples[sample.place]
 
-    def first(self, num_samples: int) -> list[Sample]:
-        """The first samples, at most `num_samples`. O(num_samples + log n)."""
-        return [self._samples[place] for place in self._samples.islice(0, num_samples)]
+    def nth(self, index: int) -> Sample:
+        """The sample that `index` others stand before. O(log n)."""
+        sample: Sample = self._samples.peekitem(index)[1]
+        return sample

@@ -31,7 +31,7 @@ def load_of(plan: StepPlan) -> StepLoad:
         num_pairs = sum_starts + num_rows
     else:
         # n tokens from position s on see n * s + n * (n + 1) / 2 keys.
-        num_pairs = int(np.add.reduce(plan.num_tokens * (2 * plan.starts + plan.num_tokens + 1))) // 2
+        num_pairs = int(np.dot(plan.num_tokens, 2 * plan.starts + plan.num_tokens + 1)) // 2
     return StepLoad(
         num_rows=num_rows,
         num_tokens=num_tokens,
