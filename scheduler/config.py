@@ -48,6 +48,8 @@ class SchedulerConfig:
                 f"max_num_running {self.max_num_running} exceeds max_num_batched_tokens {self.max_num_batched_tokens}: "
                 "every running request needs one token a step"
             )
+        if self.long_prefill_tokens is not None and not self.chunked_prefill:
+            raise ConfigError("long_prefill_tokens caps chunks of a prompt, so it needs chunked_prefill")
         if not isinstance(self.watermark, float | int) or not math.isfinite(self.watermark):
             raise ConfigError(f"watermark must be a number in 0..0.5, found {self.watermark!r}")
         if not 0 <= self.watermark <= 0.5:
