@@ -42,3 +42,12 @@ def test_the_readme_names_targets_that_the_makefile_has() -> None:
 
     for target in re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_package_is_found_from_the_folder_above_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "pagedkv" / "pagedkv").mkdir(parents=True)
+    (tmp_path / "example.py").write_text("from pagedkv import KVCacheManager\nprint(KVCacheManager.__name__)\n")
+
+    result = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert result.stdout == "KVCacheManager\n"
