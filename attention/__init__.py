@@ -1,0 +1,1 @@
+"""Attention through block tables. Nothing here yet."""

@@ -1,0 +1,1 @@
+"""A real engine on top of memory and scheduler. Nothing here yet."""

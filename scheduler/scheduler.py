@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagedkv.arrays import Int32s, Int64s, Rows
-from pagedkv.content import SimulatedContent
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.plans import NO_COPIES, BlockCopies
@@ -15,6 +14,7 @@ from pagedkv.scheduler.admission import Admission, Grants
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.ending import at_length, at_stop_token, prefilled
 from pagedkv.scheduler.events import Aborted, Added, Event, EventSink, Finished, Refused, StepFailed
+from pagedkv.scheduler.kinds import LiveKinds
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.plan import PlanInputs, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
@@ -84,9 +84,7 @@ class Scheduler:
         self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = 0
-        self._num_token_requests = 0
-        self._num_prefill_only = 0
-        self._num_with_stops = 0
+        self._kinds = LiveKinds()
         self._num_left_in_flight = 0
 
     # Requests
@@ -118,7 +116,7 @@ class Scheduler:
         self._live[request_id] = [sample]
         self._queue.push(sample)
         self._admission.is_open = True
-        self._count_kinds(sample, 1)
+        self._kinds.add(sample)
         self._events.append(Added(now, request_id, num_prompt, request.max_new_tokens))
         self._deliver()
 
@@ -139,7 +137,7 @@ class Scheduler:
                 if state is SampleState.SWAPPED:
                     self._memory.close(sample.row)
             sample.state = SampleState.FINISHED
-            self._count_kinds(sample, -1)
+            self._kinds.remove(sample)
             self._events.append(Aborted(now, request_id, state.value))
         self._admission.is_open = True
         self._deliver()
@@ -202,7 +200,7 @@ class Scheduler:
         self._all_decode = (
             len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
             and not ended
-            and not self._num_token_requests
+            and not self._kinds.num_with_tokens
             and self._memory.can_repeat
         )
         return self._collect(plan.rows, rows, tokens, now)
@@ -340,7 +338,7 @@ class Scheduler:
         """Rows that need a token: those that catch up with what is known and are not at their end. Forks samples."""
         known = self._memory.sequences.num_known[rows]
         caught_up = stops == known
-        if self._num_prefill_only:
+        if self._kinds.num_prefill_only:
             caught_up &= known < self._running.max_tokens[rows]
         sources = caught_up.nonzero()[0]
         sampling_rows = rows[sources]
@@ -372,7 +370,7 @@ class Scheduler:
             sibling = sample.fork(sample_idx, row, self._memory.sequences.content(row))
             self._live[sample.request.request_id].append(sibling)
             self._running.add(sibling, protected_until=0)
-            self._count_kinds(sibling, 1)
+            self._kinds.add(sibling)
             self._forked.append((sample, sibling))
             rows.append(row)
         return np.array(rows, np.int64)
@@ -383,10 +381,10 @@ class Scheduler:
         """End the samples that have all their tokens, or a stop token; tell what came of the step."""
         samples = self._running.samples[rows]
         finished = at_length(self._memory, self._running, rows)
-        if self._num_with_stops and tokens is not None:
+        if self._kinds.num_with_stops and tokens is not None:
             stopped = at_stop_token(self._running, rows, tokens)
             finished = stopped + [entry for entry in finished if not any(entry[0] is sample for sample, _ in stopped)]
-        if self._num_prefill_only:
+        if self._kinds.num_prefill_only:
             finished += prefilled(self._memory, self._running, computed_rows)
         step = self._step - 1
         for sample, reason in finished:
@@ -400,7 +398,7 @@ class Scheduler:
     def _end(self, sample: Sample) -> None:
         self._leave(sample)
         sample.state = SampleState.FINISHED
-        self._count_kinds(sample, -1)
+        self._kinds.remove(sample)
         samples = self._live[sample.request.request_id]
         samples.remove(sample)
         if not samples:
@@ -436,7 +434,7 @@ class Scheduler:
     def _check_outcome(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None) -> Int32s | None:
         self._check_in_flight(plan)
         if token_ids is None:
-            if self._num_token_requests and len(plan.sampling_rows):
+            if self._kinds.num_with_tokens and len(plan.sampling_rows):
                 raise InvalidArgumentError("token_ids may be None only while every prompt is simulated")
             return None
         return plan.check_tokens(token_ids)
@@ -448,12 +446,3 @@ class Scheduler:
         any_left = self._num_left_in_flight > 0
         self._num_left_in_flight = 0
         return any_left
-
-    def _count_kinds(self, sample: Sample, change: int) -> None:
-        """Keep count of the kinds of live samples that cost extra work in every step, so that others do not pay for it."""
-        if not isinstance(sample.content, SimulatedContent):
-            self._num_token_requests += change
-        if sample.request.max_new_tokens == 0:
-            self._num_prefill_only += change
-        if len(sample.request.stop_token_ids):
-            self._num_with_stops += change
