@@ -44,6 +44,11 @@ def repeat(measure: Callable[[], float], num_repeats: int = NUM_REPEATS) -> dict
     return spread([measure() for _ in range(num_repeats)])
 
 
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = RESULTS.parents[1]
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=root)
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     model = "unknown"
@@ -53,16 +58,17 @@ def machine() -> dict[str, str]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = f"{names[0]}, {len(names)} cores" if names else model
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS.parent
-    )
+    # Results that the same series has just written do not make the code another one.
+    code = [".", ":!benchmarks/results", ":!docs"]
+    head = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    is_changed = _git("diff", "--quiet", "HEAD", "--", *code).returncode != 0
     return {
         "cpu": model,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pagedkv": pagedkv.__version__,
-        "commit": git.stdout.strip(),
+        "commit": f"{head}{'-dirty' if is_changed else ''}",
     }
 
 
