@@ -60,7 +60,7 @@ class Admitted(NamedTuple):
 
 
 class Preempted(NamedTuple):
-    """A running request lost its seat, because of the request `in_favour_of` or of growth within the running ones."""
+    """A running request lost its seat: its blocks, and those in use before and after; `num_needed_blocks` were short."""
 
     time: float
     step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,12 @@ __all__ = ["Scheduler"]
 
 NO_ROWS = np.empty(0, np.int64)
 NO_GRANTS = Grants()
+
+
+def _require_time(now: float) -> None:
+    """Raise InvalidArgumentError unless `now` is a finite number: places in the queue and event logs depend on it."""
+    if not isinstance(now, float | int | np.number) or not math.isfinite(now):
+        raise InvalidArgumentError(f"now must be a finite number of seconds, found {now!r}")
 
 
 class Scheduler:
@@ -94,6 +101,7 @@ class Scheduler:
 
         Raises DuplicateIdError, InvalidArgumentError, and RequestTooLargeError with the arithmetic if it can never fit.
         """
+        _require_time(now)
         request_id = request.request_id
         if request_id in self._live:
             raise DuplicateIdError(f"request {request_id!r} is live already")
@@ -122,6 +130,7 @@ class Scheduler:
 
     def abort(self, request_id: str, now: float) -> None:
         """End a request in whatever state it is, and let go of all it holds. O(log waiting + blocks + running)."""
+        _require_time(now)
         samples = self._live.pop(request_id, None)
         if samples is None:
             raise UnknownIdError(f"no live request {request_id!r}")
@@ -146,6 +155,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations."""
+        _require_time(now)
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         self._all_decode = False
@@ -188,6 +198,7 @@ class Scheduler:
         O(sampled) array operations; Python-level work only for rows that fill a block or end.
         Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
         """
+        _require_time(now)
         tokens = self._check_outcome(plan, token_ids)
         rows = plan.sampling_rows
         ended = self._close_plan(plan)
@@ -211,6 +222,7 @@ class Scheduler:
         Names that the step gave are forgotten, slots taken back; samples whose blocks were to be moved by the step start
         over from what is sure to be on the device.
         """
+        _require_time(now)
         self._check_in_flight(plan)
         self._close_plan(plan)
         for first, sibling in self._forked:

@@ -87,7 +87,7 @@ class Simulator:
         self._request_of_row: NDArray[np.int64] = np.zeros(64, np.int64)
         self._last_token_s = np.full(len(trace), np.nan)
         self._step_s = 1e-3
-        """Length of the last step."""
+        """Length of the last step of the last leap, a guess at the next ones."""
         self.log = log
         self.steps = StepLog()
         self.gaps = TokenGaps()
@@ -96,7 +96,7 @@ class Simulator:
     def run(self, progress: Callable[[int], None] | None = None, *, checks: bool = False) -> None:
         """Replay the whole trace. `progress` gets the number of ended requests now and then.
 
-        `checks` recounts every invariant after each 1,000 plans and at the end.
+        `checks` recounts every invariant after each 1,000 plans or leaps and at the end.
         """
         clock = 0.0
         num_plans = 0

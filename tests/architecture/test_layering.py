@@ -12,10 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STDLIB = set(sys.stdlib_module_names)
-CORE = {"pagedkv.core"}
-"""The files of pagedkv/ itself."""
 
-# Part -> what it may import beside the standard library and itself. Extras of [sim] are named by the part that uses them.
+# Part -> what it may import beside the standard library and itself; "core" are the files of pagedkv/ itself. Extras of
+# [sim] are named by the part that uses them.
 MAY_IMPORT = {
     "core": {"numpy", "sortedcontainers"},
     "scheduler": {"numpy", "sortedcontainers", "pagedkv.core"},

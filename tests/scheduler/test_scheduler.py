@@ -172,6 +172,27 @@ def test_a_wrong_configuration_is_refused(wrong) -> None:
         SchedulerConfig(**wrong)
 
 
+@pytest.mark.parametrize("now", [float("nan"), float("inf"), "0", None], ids=str)
+def test_a_time_that_is_no_number_is_refused_and_changes_nothing(now) -> None:
+    scheduler = make_scheduler(policy=Priority())
+    scheduler.add(request("a", 3, 4), 0.0)
+    plan = scheduler.schedule(0.0)
+
+    for call in (
+        lambda: scheduler.add(request("b", 3, 4), now),
+        lambda: scheduler.abort("a", now),
+        lambda: scheduler.update(plan, [1], now),
+        lambda: scheduler.fail(plan, now),
+        lambda: scheduler.schedule(now),
+    ):
+        with pytest.raises(InvalidArgumentError, match="now must be a finite number"):
+            call()
+
+    assert (scheduler.in_flight, scheduler.num_running, scheduler.num_waiting) == (plan, 1, 0)
+    scheduler.check_invariants()
+    scheduler.update(plan, [1], 0.0)
+
+
 # Plans
 
 
