@@ -26,6 +26,7 @@ class RunningRows:
         "_num_gaps",
         "_num_rows",
         "_order",
+        "_places",
         "max_tokens",
         "num_seats",
         "protected_until",
@@ -37,6 +38,7 @@ class RunningRows:
 
     def __init__(self, num_rows: int = 64) -> None:
         self._order: Rows = np.zeros(num_rows, np.int64)
+        self._places: Int64s = np.zeros(num_rows, np.int64)  # Of each row in the order.
         self._num_rows = 0
         self._num_gaps = 0
         self.max_tokens: Int64s = np.zeros(num_rows, np.int64)
@@ -59,6 +61,7 @@ class RunningRows:
             self._num_rows = len(kept)
             self._num_gaps = 0
             self._order[: len(kept)] = kept
+            self._places[kept] = np.arange(len(kept))
         return self._order[: self._num_rows]
 
     def add(self, sample: Sample, *, protected_until: int) -> None:
@@ -69,6 +72,7 @@ class RunningRows:
         if self._num_rows == len(self._order):
             self._order = np.concatenate((self._order, np.zeros_like(self._order)))
         self._order[self._num_rows] = row
+        self._places[row] = self._num_rows
         self._num_rows += 1
         self.num_seats += sample.num_samples
         if sample.num_samples > 1:
@@ -80,9 +84,8 @@ class RunningRows:
         self.samples[row] = sample
 
     def remove(self, sample: Sample) -> None:
-        """A sample stops running. Leaves a gap that the next look at `rows` closes. O(running) in one array operation."""
-        order = self._order[: self._num_rows]
-        order[order == sample.row] = -1
+        """A sample stops running. Leaves a gap that the next look at `rows` closes. O(1)."""
+        self._order[self._places[sample.row]] = -1
         self._num_gaps += 1
         self.num_seats -= sample.num_samples
         self.unforked.pop(sample.row, None)
@@ -103,7 +106,7 @@ class RunningRows:
     def _grow(self, num_rows: int) -> None:
         old = len(self.samples)
         new = max(num_rows, 2 * old)
-        for name in ("max_tokens", "protected_until", "ranks", "serials"):
+        for name in ("_places", "max_tokens", "protected_until", "ranks", "serials"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate((column, np.zeros(new - old, column.dtype))))
         self.samples = np.concatenate((self.samples, np.full(new - old, None, object)))

@@ -129,7 +129,7 @@ class Scheduler:
         self._deliver()
 
     def abort(self, request_id: str, now: float) -> None:
-        """End a request in whatever state it is, and let go of all it holds. O(log waiting + blocks + running)."""
+        """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks)."""
         _require_time(now)
         samples = self._live.pop(request_id, None)
         if samples is None:
