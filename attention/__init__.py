@@ -1,1 +1,27 @@
-"""Attention through block tables. Nothing here yet."""
+"""Attention through block tables: tensors in, tensors out; it knows no request.
+
+`paged_attention` reads, `write_kv` writes, `plan` divides a step's work once for all layers, `merge_states` puts partial
+results together. `backend_info()` says what runs here.
+"""
+
+from pagedkv.attention.backends import BackendInfo, backend_info
+from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedError
+from pagedkv.attention.formats import CacheFormat, format_of, scale_shape
+from pagedkv.attention.merge import merge_states
+from pagedkv.attention.op import paged_attention, write_kv
+from pagedkv.attention.step_plan import AttentionPlan, plan
+
+__all__ = [
+    "paged_attention",
+    "write_kv",
+    "merge_states",
+    "plan",
+    "AttentionPlan",
+    "CacheFormat",
+    "format_of",
+    "scale_shape",
+    "backend_info",
+    "BackendInfo",
+    "AttentionArgumentError",
+    "BackendUnsupportedError",
+]

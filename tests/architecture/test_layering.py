@@ -18,7 +18,7 @@ STDLIB = set(sys.stdlib_module_names)
 MAY_IMPORT = {
     "core": {"numpy", "sortedcontainers"},
     "scheduler": {"numpy", "sortedcontainers", "pagedkv.core"},
-    "attention": {"numpy", "torch"},
+    "attention": {"numpy", "torch", "triton", "pagedkv.errors"},
     "simulations": {"numpy", "msgspec", "plotly", "rich", "typer", "pagedkv.core", "pagedkv.scheduler"},
     "engine": {"numpy", "torch", "transformers", "pagedkv.core", "pagedkv.scheduler", "pagedkv.attention"},
 }

@@ -1,0 +1,125 @@
+"""The backends, how one is picked, and what each can do here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pagedkv.attention.call import AttentionCall, Features, WriteCall
+from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedError
+from pagedkv.attention.partition import Partition
+
+__all__ = ["Backend", "BackendInfo", "backend_info", "backend_named", "pick_backend", "pick_for_device"]
+
+
+class Backend(Protocol):
+    """One way to compute attention. Objects have no state but what they load."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine; None if it can. May load a library, never compiles on import."""
+
+    def runs_on(self, device_type: str) -> bool:
+        """Whether tensors on such a device can be served."""
+
+    def refuses(self, features: Features) -> str | None:
+        """What of a call it cannot do; None if it can do all of it."""
+
+    def refuses_write(self, features: Features) -> str | None:
+        """What of a write it cannot do; None if it can do all of it."""
+
+    def partition(self, num_q_heads: int, num_kv_heads: int, device: torch.device) -> Partition:
+        """How finely work should be cut."""
+
+    def attend(self, call: AttentionCall) -> None:
+        """Write `call.out`, and `call.lse` if there is one."""
+
+    def write(self, call: WriteCall) -> None:
+        """Write the new keys and values, and their scales, into the cache."""
+
+    def describe(self) -> str:
+        """What runs, in a few words: the instruction set, the version."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What `backend_info` says of one backend."""
+
+    name: str
+    is_available: bool
+    detail: str
+
+
+def _backends() -> dict[str, Backend]:
+    # In the order of preference. Imported here: a backend imports this module's neighbours.
+    from pagedkv.attention.reference import ReferenceBackend
+
+    backends: list[Backend] = [ReferenceBackend()]
+    return {backend.name: backend for backend in backends}
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def _registry() -> dict[str, Backend]:
+    if not _REGISTRY:
+        _REGISTRY.update(_backends())
+    return _REGISTRY
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of this name. Raises AttentionArgumentError if there is none, BackendUnsupportedError if it cannot run here."""
+    backend = _registry().get(name)
+    if backend is None:
+        raise AttentionArgumentError(f"backend must be one of {', '.join(_registry())}, found {name!r}")
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendUnsupportedError(name, reason)
+    return backend
+
+
+def pick_for_device(device: torch.device) -> Backend:
+    """The first backend, in order of preference, that runs on `device`."""
+    for backend in _registry().values():
+        if backend.runs_on(device.type) and backend.unavailable() is None:
+            return backend
+    raise AttentionArgumentError(f"no backend runs on {device}")  # pragma: no cover - the reference runs everywhere
+
+
+def pick_backend(features: Features, name: str | None, *, for_write: bool = False) -> Backend:
+    """The backend called `name`, or the first that can do all that is asked.
+
+    Raises BackendUnsupportedError, naming what it cannot do.
+    """
+    candidates = [backend_named(name)] if name is not None else list(_registry().values())
+    for backend in candidates:
+        refusal = None
+        if not backend.runs_on(features.device.type):
+            refusal = f"it does not run on {features.device.type}"
+        elif name is None and backend.unavailable() is not None:
+            continue
+        if refusal is None:
+            refusal = backend.refuses_write(features) if for_write else backend.refuses(features)
+        if refusal is None:
+            return backend
+        if name is not None:
+            raise BackendUnsupportedError(name, refusal)
+    raise BackendUnsupportedError(
+        "reference", "no backend can do this"
+    )  # pragma: no cover - the reference does everything
+
+
+def backend_info() -> list[BackendInfo]:
+    """Every backend in the order in which they are tried: whether it runs here, and with what, or why not.
+
+    >>> [info.name for info in backend_info()][-1]
+    'reference'
+    """
+    infos = []
+    for backend in _registry().values():
+        reason = backend.unavailable()
+        infos.append(BackendInfo(backend.name, reason is None, backend.describe() if reason is None else reason))
+    return infos

@@ -1,0 +1,224 @@
+"""What must hold of shapes, dtypes and devices before any kernel runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagedkv.attention.call import Features
+from pagedkv.attention.errors import AttentionArgumentError
+from pagedkv.attention.formats import CacheFormat, format_of
+
+__all__ = ["attention_features", "check_write", "checked_window"]
+
+MAX_BLOCK_SIZE = 256
+MAX_HEAD_DIM = 1024
+INDEX_DTYPES = (torch.int32,)
+
+
+def checked_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The window as two numbers, -1 where it is open."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise AttentionArgumentError(f"window must be (left, right) or None, found {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise AttentionArgumentError(f"a side of window must be a whole number of keys or None, found {side!r}")
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def attention_features(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    tree_mask: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor | None,
+) -> Features:
+    """Check what can be seen without reading a value, and say what the call asks of a backend. O(1)."""
+    _expect(query.ndim == 3, "query must be (tokens, q_heads, head_dim)", query)
+    _expect(query.is_floating_point() and format_of(query.dtype) is CacheFormat.FLOAT, "query must be of floats", query)
+    cache_format = _check_cache("key_cache", key_cache, query.device)
+    _check_cache("value_cache", value_cache, query.device)
+    num_tokens, num_q_heads, head_dim = query.shape
+    num_blocks, block_size, num_kv_heads, stored_dim = key_cache.shape
+    if cache_format is CacheFormat.FLOAT and key_cache.dtype != query.dtype:
+        raise AttentionArgumentError(f"key_cache is {key_cache.dtype}, query is {query.dtype}: they must agree")
+    if value_cache.dtype != key_cache.dtype or value_cache.shape[:3] != key_cache.shape[:3]:
+        raise AttentionArgumentError(
+            "value_cache must agree with key_cache in dtype, blocks, block_size and kv_heads: "
+            f"{_looks(value_cache)} against {_looks(key_cache)}"
+        )
+    packing = 2 if cache_format is CacheFormat.INT4 else 1
+    if stored_dim * packing != head_dim:
+        raise AttentionArgumentError(f"key_cache holds heads of {stored_dim * packing}, query has {head_dim}")
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
+    value_dim = value_cache.shape[3] * packing
+    for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise AttentionArgumentError(f"{name} must be in 1..{MAX_HEAD_DIM}, found {dim}")
+    _check_indices("block_tables", block_tables, 2, query.device)
+    _check_indices("seq_lens", seq_lens, 1, query.device)
+    _check_indices("query_start_loc", query_start_loc, 1, query.device)
+    num_seqs = seq_lens.shape[0]
+    if block_tables.shape[0] != num_seqs or query_start_loc.shape[0] != num_seqs + 1:
+        raise AttentionArgumentError(
+            f"{num_seqs} seq_lens need as many rows of block_tables and one more query_start_loc, "
+            f"found {block_tables.shape[0]} and {query_start_loc.shape[0]}"
+        )
+    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if per_head is not None:
+            _expect(per_head.shape == (num_q_heads,), f"{name} must be ({num_q_heads},)", per_head)
+            _expect(per_head.dtype == torch.float32, f"{name} must be float32", per_head)
+            _check_device(name, per_head, query.device)
+    if tree_mask is not None:
+        _expect(
+            tree_mask.ndim == 2 and tree_mask.shape[0] == num_tokens, "tree_mask must be (tokens, words)", tree_mask
+        )
+        _expect(tree_mask.dtype == torch.int32, "tree_mask must be int32", tree_mask)
+        _check_device("tree_mask", tree_mask, query.device)
+    shape = (num_blocks, block_size, num_kv_heads)
+    _check_scale("k_scale", k_scale, cache_format, shape, head_dim, query.device)
+    _check_scale("v_scale", v_scale, cache_format, shape, value_dim, query.device)
+    if out is not None:
+        wanted = (num_tokens, num_q_heads, value_dim)
+        _expect(out.shape == wanted and out.dtype == query.dtype, f"out must be {wanted} {query.dtype}", out)
+        _check_device("out", out, query.device)
+    return Features(
+        device=query.device,
+        dtype=query.dtype,
+        cache_format=cache_format,
+        block_size=block_size,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        has_alibi=alibi_slopes is not None,
+        has_tree_mask=tree_mask is not None,
+    )
+
+
+def check_write(
+    key: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Features:
+    """Check a write, but for the values of `slot_mapping`. O(1)."""
+    if (value is None) != (value_cache is None):
+        raise AttentionArgumentError("value and value_cache are given both or, for a latent cache, neither")
+    cache_format = CacheFormat.FLOAT
+    for name, new, cache, scale in (("key", key, key_cache, k_scale), ("value", value, value_cache, v_scale)):
+        if new is None or cache is None:
+            continue
+        cache_format = _check_cache(f"{name}_cache", cache, key.device)
+        _expect(new.ndim == 3, f"{name} must be (tokens, kv_heads, head_dim)", new)
+        _expect(format_of(new.dtype) is CacheFormat.FLOAT and new.dtype == key.dtype, f"{name} must be of floats", new)
+        _check_device(name, new, key.device)
+        packing = 2 if cache_format is CacheFormat.INT4 else 1
+        if new.shape[0] != key.shape[0] or new.shape[1:] != (cache.shape[2], cache.shape[3] * packing):
+            raise AttentionArgumentError(
+                f"{name} {tuple(new.shape)} does not fit {key.shape[0]} tokens and {name}_cache {tuple(cache.shape)}"
+            )
+        if cache_format is CacheFormat.FLOAT and new.dtype != cache.dtype:
+            raise AttentionArgumentError(f"{name} is {new.dtype}, {name}_cache is {cache.dtype}: they must agree")
+        _check_scale(f"{name[0]}_scale", scale, cache_format, tuple(cache.shape[:3]), new.shape[2], key.device)
+    if value_cache is not None and (
+        value_cache.dtype != key_cache.dtype or value_cache.shape[:3] != key_cache.shape[:3]
+    ):
+        raise AttentionArgumentError(f"value_cache {_looks(value_cache)} does not match key_cache {_looks(key_cache)}")
+    _expect(slot_mapping.shape == (key.shape[0],), f"slot_mapping must be ({key.shape[0]},)", slot_mapping)
+    _expect(slot_mapping.dtype == torch.int64, "slot_mapping must be int64", slot_mapping)
+    _check_device("slot_mapping", slot_mapping, key.device)
+    return Features(
+        device=key.device,
+        dtype=key.dtype,
+        cache_format=cache_format,
+        block_size=key_cache.shape[1],
+        num_q_heads=key.shape[1],
+        num_kv_heads=key.shape[1],
+        head_dim=key.shape[2],
+        value_dim=0 if value is None else value.shape[2],
+    )
+
+
+def _looks(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _expect(holds: bool, rule: str, tensor: Tensor) -> None:
+    if not holds:
+        raise AttentionArgumentError(f"{rule}, found {_looks(tensor)}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise AttentionArgumentError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def _check_indices(name: str, tensor: Tensor, ndim: int, device: torch.device) -> None:
+    _expect(tensor.ndim == ndim and tensor.dtype == torch.int32, f"{name} must be {ndim}-D int32", tensor)
+    _check_device(name, tensor, device)
+
+
+def _check_cache(name: str, cache: Tensor, device: torch.device) -> CacheFormat:
+    _expect(cache.ndim == 4, f"{name} must be (blocks, block_size, kv_heads, head_dim)", cache)
+    _check_device(name, cache, device)
+    cache_format = format_of(cache.dtype)
+    if cache_format is None:
+        raise AttentionArgumentError(f"{name} is {cache.dtype}, which is no cache format")
+    if not 1 <= cache.shape[1] <= MAX_BLOCK_SIZE:
+        raise AttentionArgumentError(f"{name} has blocks of {cache.shape[1]}, supported are 1..{MAX_BLOCK_SIZE}")
+    if cache.stride(3) != 1 and cache.shape[3] != 1:
+        raise AttentionArgumentError(f"{name} must be contiguous within a head, found strides {cache.stride()}")
+    return cache_format
+
+
+def _check_scale(
+    name: str,
+    scale: Tensor | None,
+    cache_format: CacheFormat,
+    cache_shape: tuple[int, ...],
+    head_dim: int,
+    device: torch.device,
+) -> None:
+    if cache_format is CacheFormat.FLOAT:
+        if scale is not None:
+            raise AttentionArgumentError(f"{name} is given, but a cache of plain floats has no scales")
+        return
+    is_fp8 = cache_format in (CacheFormat.FP8_E4M3, CacheFormat.FP8_E5M2)
+    if scale is None:
+        if is_fp8:
+            return
+        raise AttentionArgumentError(f"an {cache_format.value} cache needs {name}")
+    _check_device(name, scale, device)
+    if cache_format is CacheFormat.INT4:
+        groups = scale.shape[3] if scale.ndim == 5 else 0
+        fits = scale.ndim == 5 and scale.shape[:3] == cache_shape and scale.shape[4] == 2
+        if not fits or groups < 1 or head_dim % groups or (head_dim // groups) % 2:
+            raise AttentionArgumentError(
+                f"{name} of an int4 cache must be {(*cache_shape, 'groups', 2)} with groups of an even number of the "
+                f"{head_dim} channels, found {tuple(scale.shape)}"
+            )
+        _expect(scale.dtype == torch.bfloat16, f"{name} of an int4 cache must be bfloat16", scale)
+        return
+    _expect(scale.dtype == torch.float32, f"{name} must be float32", scale)
+    allowed = ((), (cache_shape[2],)) if is_fp8 else (cache_shape,)
+    if tuple(scale.shape) not in allowed:
+        wanted = " or ".join(str(shape) for shape in allowed)
+        raise AttentionArgumentError(
+            f"{name} of an {cache_format.value} cache must be {wanted}, found {tuple(scale.shape)}"
+        )

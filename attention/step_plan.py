@@ -1,0 +1,155 @@
+"""The plan of one step: made once on the host, checked, shared by all layers that look alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.attention.backends import backend_named, pick_for_device
+from pagedkv.attention.checks import checked_window
+from pagedkv.attention.errors import AttentionArgumentError
+from pagedkv.attention.partition import Int32s, PlanCounts, make_plan
+
+__all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "plan"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """The tasks of one step. A task computes attention of some query tokens over a range of keys, for all heads.
+
+    tasks:  (6, num_tasks) int32, on the device: seq_idx, first and end query token (indices into the packed query),
+            first and end key (positions in the sequence), and partial_idx. Decode tasks come first, then prefill tasks;
+            tasks that were not split are in order of length, the longest first. partial_idx is -1 where the task
+            writes straight to `out`; otherwise its tokens' partial results start at this index in a workspace of
+            (num_partial_tokens, q_heads, value_dim).
+    merges: (4, num_merges) int32: first and end query token, first partial_idx, number of splits. Split s of token t
+            lies at first partial_idx + s * (end - first) + (t - first).
+    """
+
+    tasks: Tensor
+    merges: Tensor
+    counts: PlanCounts
+    num_seqs: int
+    num_tokens: int
+    heads: tuple[int, int]
+    causal: bool
+    window: tuple[int, int]
+    backend: str
+
+
+def plan(
+    seq_lens: Int32s | Tensor,
+    query_start_loc: Int32s | Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    block_tables: Int32s | Tensor | None = None,
+    num_blocks: int | None = None,
+    block_size: int | None = None,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> AttentionPlan:
+    """Divide the work of one step among the device's workers: once per step, for all layers that look alike.
+
+    seq_lens, query_start_loc: as in `paged_attention`, best as numpy arrays, which the host has anyway
+    block_tables, num_blocks, block_size: given together, the entries that a query may read are checked; left out, the
+        range check is off, and an entry out of range reads foreign memory
+
+    Raises AttentionArgumentError on lengths that are no batch's and on table entries out of range. O(seqs + tasks).
+    """
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
+    lengths, starts = _on_host("seq_lens", seq_lens, 1), _on_host("query_start_loc", query_start_loc, 1)
+    sides = checked_window(window)
+    check_lengths(lengths, starts, None)
+    if not (block_tables is None) == (num_blocks is None) == (block_size is None):
+        raise AttentionArgumentError("block_tables, num_blocks and block_size are given together or not at all")
+    if block_tables is not None and num_blocks is not None and block_size is not None:
+        tables = _on_host("block_tables", block_tables, 2)
+        check_block_tables(tables, lengths, starts, num_blocks=num_blocks, block_size=block_size, window_left=sides[0])
+    device = torch.device(device)
+    chosen = pick_for_device(device) if backend is None else backend_named(backend)
+    tasks, merges, counts = make_plan(
+        lengths,
+        starts,
+        chosen.partition(num_q_heads, num_kv_heads, device),
+        heads_per_kv_head=num_q_heads // num_kv_heads,
+        causal=causal,
+        window=sides,
+    )
+    return AttentionPlan(
+        tasks=torch.from_numpy(tasks).to(device),
+        merges=torch.from_numpy(merges).to(device),
+        counts=counts,
+        num_seqs=len(lengths),
+        num_tokens=int(starts[-1]),
+        heads=(num_q_heads, num_kv_heads),
+        causal=causal,
+        window=sides,
+        backend=chosen.name,
+    )
+
+
+def _on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
+    array: Int32s = values.numpy(force=True) if isinstance(values, Tensor) else values
+    if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != ndim:
+        found = f"{array.dtype} of {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise AttentionArgumentError(f"{name} must be {ndim}-D int32, found {found}")
+    return array
+
+
+def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | None) -> None:
+    """Raise AttentionArgumentError unless the lengths are those of a batch. O(num_seqs)."""
+    if len(query_start_loc) != len(seq_lens) + 1:
+        raise AttentionArgumentError(
+            f"query_start_loc must have one more entry than seq_lens ({len(seq_lens)}), found {len(query_start_loc)}"
+        )
+    if len(seq_lens) and int(seq_lens.min()) < 0:
+        raise AttentionArgumentError(f"seq_lens must not be negative, found {int(seq_lens.min())}")
+    if int(query_start_loc[0]) != 0 or (len(seq_lens) and int(np.diff(query_start_loc).min()) < 0):
+        raise AttentionArgumentError("query_start_loc must start with 0 and never fall")
+    if num_tokens is not None and int(query_start_loc[-1]) != num_tokens:
+        raise AttentionArgumentError(
+            f"query_start_loc must end with the number of query tokens ({num_tokens}), found {int(query_start_loc[-1])}"
+        )
+
+
+def check_block_tables(
+    block_tables: Int32s,
+    seq_lens: Int32s,
+    query_start_loc: Int32s,
+    *,
+    num_blocks: int,
+    block_size: int,
+    window_left: int,
+) -> None:
+    """Raise AttentionArgumentError unless every table entry that a query may read is a block.
+
+    Entries behind the window and past the sequence's end are not looked at: they may hold anything.
+    O(num_seqs * max_blocks).
+    """
+    num_queries = np.diff(query_start_loc)
+    lengths = np.where(num_queries > 0, seq_lens, 0)
+    num_used = -(-lengths // block_size)
+    if len(num_used) and int(num_used.max()) > block_tables.shape[1]:
+        seq_idx = int(num_used.argmax())
+        raise AttentionArgumentError(
+            f"sequence {seq_idx} has {int(lengths[seq_idx])} tokens and needs {int(num_used[seq_idx])} blocks of "
+            f"{block_size}, but block_tables has {block_tables.shape[1]} columns"
+        )
+    first_used = np.maximum(lengths - num_queries - window_left, 0) // block_size if window_left >= 0 else 0
+    columns = np.arange(block_tables.shape[1])
+    is_used = (columns < num_used[:, None]) & (columns >= np.reshape(first_used, (-1, 1)))
+    # Viewed as unsigned, a negative id is a large one: one comparison finds both.
+    is_wrong = is_used & (block_tables.view(np.uint32) >= num_blocks)
+    if is_wrong.any():
+        seq_idx, column = (int(i) for i in np.argwhere(is_wrong)[0])
+        raise AttentionArgumentError(
+            f"block_tables[{seq_idx}, {column}] = {int(block_tables[seq_idx, column])} is no block: "
+            f"the cache has {num_blocks}"
+        )
