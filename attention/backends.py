@@ -55,9 +55,11 @@ class BackendInfo:
 
 def _backends() -> dict[str, Backend]:
     # In the order of preference. Imported here: a backend imports this module's neighbours.
+    from pagedkv.attention.cpu.backend import CPUBackend
     from pagedkv.attention.reference import ReferenceBackend
+    from pagedkv.attention.torch_backend import TorchBackend
 
-    backends: list[Backend] = [ReferenceBackend()]
+    backends: list[Backend] = [CPUBackend(), TorchBackend(), ReferenceBackend()]
     return {backend.name: backend for backend in backends}
 
 

@@ -1,0 +1,176 @@
+/* Paged attention on a CPU: one library without torch or Python in it, every instruction set of the processor family inside,
+   chosen when it is loaded. The plan's tasks are taken from a queue by as many threads as the caller asks for. */
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "call.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (vi){i, j, k, l})
+#endif
+
+typedef int32_t int32_alias __attribute__((may_alias));
+
+#define MAX_DIM 1024
+#define MAX_FEW_ROWS 16
+#define FEW_TILE 64 /* keys of a tile that few rows read in place */
+#define KEY_TILE 128    /* keys of a tile that is laid out for many rows */
+#define ROW_BLOCK 48 /* rows whose scores stay in the first-level cache */
+#define MAX_THREADS 255
+#define MIN_ELEMENTS_WRITTEN 65536 /* fewer are not worth another thread */
+
+/* What the threads of one call share. */
+struct job {
+    const struct attention_call *call;
+    int64_t widest, bytes, num_units; /* query rows of the widest unit; bytes of one thread's memory */
+    char *memory;
+    atomic_llong next, next_thread;
+};
+struct write_job {
+    const struct write_call *call;
+    int64_t tokens_at_once;
+    atomic_llong next;
+};
+
+#define JOIN(a, b) a##_##b
+#define EXPAND(a, b) JOIN(a, b)
+#define NAME(x) EXPAND(x, ISA)
+
+#define ISA plain
+#define TARGET
+#define LANES 4
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 2
+#include "one_isa.h"
+
+#if defined(__x86_64__)
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 2
+#include "one_isa.h"
+
+#define ISA avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define LANES 16
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 4
+#include "one_isa.h"
+
+#define ISA avx512bf16
+#define TARGET __attribute__((target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define BF16_DOT
+#define LANES 16
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 4
+#include "one_isa.h"
+#endif
+
+struct instruction_set {
+    const char *name;
+    int needs_bf16; /* the queries'; for others the next set is taken */
+    int (*is_supported)(void);
+    void (*run)(void *);
+    void (*merge)(void *);
+    void (*write)(void *);
+    int64_t (*scratch_bytes)(const struct attention_call *, int64_t);
+};
+
+static int always(void) { return 1; }
+#if defined(__x86_64__)
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+static int has_avx512bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+#define SET(name, isa, needs_bf16, is_supported) {name, needs_bf16, is_supported, run_##isa, merge_##isa, write_tokens_##isa, scratch_bytes_##isa}
+static const struct instruction_set SETS[] = {
+#if defined(__x86_64__)
+    SET("avx512bf16", avx512bf16, 1, has_avx512bf16),
+    SET("avx512", avx512, 0, has_avx512),
+    SET("avx2", avx2, 0, has_avx2),
+#endif
+#if defined(__aarch64__)
+    SET("neon", plain, 0, always), /* every 64-bit Arm has it: the compiler uses it for the plain vectors */
+#else
+    SET("plain", plain, 0, always),
+#endif
+};
+enum { NUM_SETS = sizeof(SETS) / sizeof(SETS[0]) };
+
+/* The i-th instruction set, best first, or NULL; and whether this processor has it. */
+const char *pagedkv_instruction_set(int i, int *is_supported) {
+    if (i < 0 || i >= NUM_SETS) return NULL;
+    *is_supported = SETS[i].is_supported();
+    return SETS[i].name;
+}
+
+/* Without an OpenMP runtime in the process, threads are made for the call: some 20 us each. */
+struct errand {
+    void (*body)(void *);
+    void *argument;
+};
+static void *run_errand(void *errand) {
+    ((struct errand *)errand)->body(((struct errand *)errand)->argument);
+    return NULL;
+}
+static void run_on_threads(void (*body)(void *), void *argument, int num_threads, parallel_t parallel) {
+    if (num_threads <= 1) {
+        body(argument);
+    } else if (parallel) {
+        parallel(body, argument, (unsigned)num_threads, 0);
+    } else {
+        pthread_t others[MAX_THREADS];
+        struct errand errand = {body, argument};
+        int num_others = 0;
+        while (num_others < num_threads - 1 && num_others < MAX_THREADS)
+            if (pthread_create(&others[num_others], NULL, run_errand, &errand)) break; else num_others++;
+        body(argument);
+        for (int i = 0; i < num_others; i++) pthread_join(others[i], NULL);
+    }
+}
+
+/* Runs a call with the i-th instruction set. Returns 0, or -1 if there was no memory for the threads to work in. */
+int pagedkv_attention(const struct attention_call *call, int set, int num_threads, parallel_t parallel) {
+    if (SETS[set].needs_bf16 && call->dtype != DTYPE_BF16) set++;
+    int64_t widest = 1, group = call->num_q_heads / call->num_kv_heads;
+    for (int64_t i = 0; i < call->num_tasks; i++) {
+        int64_t rows = (call->tasks[2 * call->num_tasks + i] - call->tasks[call->num_tasks + i]) * group + 3;
+        if (i < call->num_decode_tasks) rows *= call->num_kv_heads;
+        if (rows > widest) widest = rows;
+    }
+    int64_t num_units = call->num_decode_tasks + (call->num_tasks - call->num_decode_tasks) * call->num_kv_heads;
+    if (num_threads > num_units) num_threads = num_units ? (int)num_units : 1;
+    struct job job = {.call = call, .widest = widest, .bytes = SETS[set].scratch_bytes(call, widest), .num_units = num_units};
+    job.memory = aligned_alloc(64, (size_t)(job.bytes * num_threads));
+    if (!job.memory) return -1;
+    run_on_threads(SETS[set].run, &job, num_threads, parallel);
+    free(job.memory);
+    if (call->num_merges) {
+        atomic_store(&job.next, 0);
+        run_on_threads(SETS[set].merge, &job, num_threads, parallel);
+    }
+    return 0;
+}
+
+void pagedkv_write(const struct write_call *call, int set, int num_threads, parallel_t parallel) {
+    int64_t elements = call->num_kv_heads * (call->cache[0].dim + (call->source[1] ? call->cache[1].dim : 0));
+    int64_t at_once = MIN_ELEMENTS_WRITTEN / elements + 1;
+    struct write_job job = {.call = call, .tokens_at_once = at_once};
+    if (num_threads > call->num_tokens / at_once) num_threads = (int)(call->num_tokens / at_once);
+    run_on_threads(SETS[set].write, &job, num_threads, parallel);
+}

@@ -1,0 +1,135 @@
+/* From cached elements to words: rows of floats (or of bf16 pairs) with zeros behind the last channel. Included once per
+   instruction set after vectors.h. */
+
+INLINE float NAME(from_bf16)(uint16_t x) {
+    union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+    return u.value;
+}
+INLINE uint16_t NAME(to_bf16)(float x) {
+    union { float value; uint32_t bits; } u = {x};
+    if (x != x) return 0x7FC0;
+    return (uint16_t)((u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16);
+}
+/* A float with fewer bits, moved to its place in a float32 and scaled by a power of two, which also makes its subnormals
+   right; the largest exponent means infinity or NaN. */
+INLINE float NAME(widened)(uint32_t sign, uint32_t magnitude, uint32_t special, float power) {
+    union { uint32_t bits; float value; } u = {magnitude};
+    u.value *= power;
+    u.bits |= magnitude >= special ? 0x7F800000u | magnitude : 0;
+    u.bits |= sign;
+    return u.value;
+}
+INLINE float NAME(from_f16)(uint16_t x) {
+    return NAME(widened)((uint32_t)(x & 0x8000) << 16, (uint32_t)(x & 0x7FFF) << 13, 0x0F800000u, 0x1p112f);
+}
+INLINE float NAME(from_e5m2)(uint8_t x) {
+    return NAME(widened)((uint32_t)(x & 0x80) << 24, (uint32_t)(x & 0x7F) << 21, 0x0F800000u, 0x1p112f);
+}
+INLINE float NAME(from_e4m3)(uint8_t x) { /* no infinity; only all ones are NaN */
+    return NAME(widened)((uint32_t)(x & 0x80) << 24, (uint32_t)(x & 0x7F) << 20, 0x07F00000u, 0x1p120f);
+}
+INLINE uint16_t NAME(to_f16)(float x) {
+    union { float value; uint32_t bits; } u = {x};
+    uint16_t sign = (uint16_t)((u.bits >> 16) & 0x8000);
+    uint32_t magnitude = u.bits & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return sign | 0x7E00;
+    if (magnitude >= 0x47800000) return sign | 0x7C00; /* 65536 and above */
+    u.bits = magnitude;
+    if (magnitude < 0x38800000) { /* subnormal: the addition rounds to the last place of 2^-24 */
+        u.value += 0.5f;
+        return sign | (uint16_t)(u.bits - 0x3F000000);
+    }
+    return sign | (uint16_t)((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13);
+}
+
+/* Channels [0, dim) of one row as floats. `scale` only matters to INT4, whose codes mean something by themselves in no group. */
+static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, int dtype, const char *row,
+                                       const uint16_t *scale, float *to) {
+    int dim = (int)cache->dim;
+    const uint8_t *bytes = (const uint8_t *)row;
+    const uint16_t *halves = (const uint16_t *)row;
+    if (format == FORMAT_FLOAT && dtype == DTYPE_F32) {
+        memcpy(to, row, 4 * dim);
+    } else if (format == FORMAT_FLOAT && dtype == DTYPE_F16) {
+        for (int i = 0; i < dim; i++) to[i] = NAME(from_f16)(halves[i]);
+    } else if (format == FORMAT_FLOAT) {
+        for (int i = 0; i < dim; i++) to[i] = NAME(from_bf16)(halves[i]);
+    } else if (format == FORMAT_E4M3) {
+        for (int i = 0; i < dim; i++) to[i] = NAME(from_e4m3)(bytes[i]);
+    } else if (format == FORMAT_E5M2) {
+        for (int i = 0; i < dim; i++) to[i] = NAME(from_e5m2)(bytes[i]);
+    } else if (format == FORMAT_INT8) {
+        for (int i = 0; i < dim; i++) to[i] = (float)(int8_t)bytes[i];
+    } else {
+        int group_size = (int)cache->group_size;
+        for (int group = 0; group * group_size < dim; group++) {
+            float step = NAME(from_bf16)(scale[2 * group]), minimum = NAME(from_bf16)(scale[2 * group + 1]);
+            for (int i = group * group_size; i < (group + 1) * group_size; i += 2) {
+                to[i] = (float)(bytes[i / 2] & 15) * step + minimum;
+                to[i + 1] = (float)(bytes[i / 2] >> 4) * step + minimum;
+            }
+        }
+    }
+}
+
+#ifdef BF16_DOT
+INLINE void NAME(store_bf16)(uint16_t *to, const float *from, int n) { /* n is a multiple of 16 */
+    for (int i = 0; i < n; i += 16)
+        _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+}
+
+/* 64 codes of one byte to 64 bf16, by two tables of 128 entries: the codes' low seven bits choose, the high bit is the
+   sign. INT8 is looked up by its magnitude; -128, which no write makes, reads as -127. */
+INLINE void NAME(codes_to_bf16)(__m512i codes, __m512i is_int8, const uint8_t table[256], uint16_t *to) {
+    __m512i magnitude = _mm512_min_epu8(_mm512_abs_epi8(codes), _mm512_set1_epi8(127));
+    __m512i index = _mm512_ternarylogic_epi32(is_int8, magnitude, codes, 0xCA);
+    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index, _mm512_loadu_si512(table + 192));
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xF8);
+    /* Interleaving works within 128-bit parts: order the parts first, so that the result is in order. */
+    __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    low = _mm512_permutexvar_epi64(order, low);
+    high = _mm512_permutexvar_epi64(order, high);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+}
+
+/* The table for codes_to_bf16: low bytes of the bf16 of codes 0 to 127, then their high bytes. */
+static void TARGET NAME(fill_table)(int format, uint8_t table[256]) {
+    for (int code = 0; code < 128; code++) {
+        float value = format == FORMAT_E4M3 ? NAME(from_e4m3)((uint8_t)code)
+                    : format == FORMAT_E5M2 ? NAME(from_e5m2)((uint8_t)code)
+                                            : (float)code;
+        uint16_t bits = NAME(to_bf16)(value);
+        table[code] = (uint8_t)bits;
+        table[128 + code] = (uint8_t)(bits >> 8);
+    }
+}
+#endif
+
+/* One row as words, zeros behind the last channel up to num_words. */
+static void TARGET NAME(row_to_words)(const struct cache *cache, int format, int dtype, const char *row,
+                                      const uint16_t *scale, const uint8_t *table, float *words, int num_words) {
+#ifdef BF16_DOT
+    uint16_t *to = (uint16_t *)words;
+    int dim = (int)cache->dim;
+    if (format == FORMAT_FLOAT) {
+        memcpy(to, row, 2 * dim);
+        memset(to + dim, 0, 4 * num_words - 2 * dim);
+        return;
+    }
+    if (format != FORMAT_INT4 && dim % 64 == 0) {
+        __m512i is_int8 = _mm512_set1_epi8(format == FORMAT_INT8 ? -1 : 0);
+        for (int i = 0; i < dim; i += 64) NAME(codes_to_bf16)(_mm512_loadu_si512(row + i), is_int8, table, to + i);
+        return;
+    }
+    float floats[MAX_DIM + 64];
+    NAME(row_to_floats)(cache, format, dtype, row, scale, floats);
+    memset(floats + dim, 0, (2 * num_words - dim) * sizeof(float));
+    NAME(store_bf16)(to, floats, 2 * num_words);
+#else
+    (void)table;
+    NAME(row_to_floats)(cache, format, dtype, row, scale, words);
+    memset(words + cache->dim, 0, (num_words - cache->dim) * sizeof(float));
+#endif
+}

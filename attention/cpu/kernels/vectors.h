@@ -1,0 +1,98 @@
+/* Vectors of floats and the few operations on them. Included once per instruction set, with
+   NAME(x), TARGET, LANES (floats in a vector) and, where there are bf16 dot products, BF16_DOT defined. */
+
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+typedef float NAME(vf) __attribute__((vector_size(LANES * 4)));
+typedef int32_t NAME(vi) __attribute__((vector_size(LANES * 4)));
+typedef uint32_t NAME(vu) __attribute__((vector_size(LANES * 4)));
+typedef float NAME(vf_unaligned) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define vf NAME(vf)
+#define vi NAME(vi)
+#define vu NAME(vu)
+
+INLINE vf NAME(load)(const void *from) { return *(const NAME(vf_unaligned) *)from; }
+INLINE void NAME(store)(void *to, vf x) { *(NAME(vf_unaligned) *)to = x; }
+INLINE vf NAME(splat)(const float *x) { return (vf)(*(const int32_alias *)x - (vi){0}); } /* bits: a word may be no float */
+INLINE vf NAME(select)(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf NAME(larger)(vf a, vf b) { return NAME(select)(a > b, a, b); }
+INLINE vi NAME(lane_numbers)(void) {
+    vi lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes;
+}
+
+/* (a0, a2, b0, b2) + (a1, a3, b1, b3) in each 128-bit part: half the lanes of two vectors, summed in pairs. */
+INLINE vf NAME(pair_sums)(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
+#elif LANES == 8
+    return (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88) + (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
+#else
+    return SHUFFLE4(a, b, 0, 2, 4, 6) + SHUFFLE4(a, b, 1, 3, 5, 7);
+#endif
+}
+
+/* Lane i of the result is the sum of the lanes of x[i]: LANES sums for LANES - 1 additions. */
+INLINE vf NAME(sums_of)(const vf x[LANES]) {
+    vf quad[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++)
+        quad[i] = NAME(pair_sums)(NAME(pair_sums)(x[4 * i], x[4 * i + 1]), NAME(pair_sums)(x[4 * i + 2], x[4 * i + 3]));
+#if LANES == 16
+#define PARTS(a, b) \
+    (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD)
+    vf low = PARTS(quad[0], quad[1]), high = PARTS(quad[2], quad[3]);
+    return PARTS(low, high);
+#undef PARTS
+#elif LANES == 8
+    return (vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x20) +
+           (vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x31);
+#else
+    return quad[0];
+#endif
+}
+
+INLINE float NAME(sum_lanes)(vf x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+INLINE float NAME(max_lanes)(vf x) {
+    float largest = x[0];
+    for (int i = 1; i < LANES; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+/* e^x for x <= 0 (and a little above), 0 below -87. 2^n * 2^f with f in [-0.5, 0.5] and a polynomial for 2^f whose
+   coefficients are those of the series of e^(f ln 2) to the seventh term: relative error below 2e-7. */
+INLINE vf NAME(exp)(vf x) {
+    vf t = x * 1.44269504088896341f;
+    vf rounded = t + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
+    vi n = (vi)rounded - 0x4B400000;
+    vf f = t - (rounded - 12582912.0f);
+    vf p = f * 1.5403530e-4f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    vf y = (vf)((vi)p + (n << 23));
+    return NAME(select)(x >= -87.0f, y, NAME(select)(x < -87.0f, (vf){0}, x)); /* NaN stays NaN */
+}
+
+/* Exact for |x| small enough to matter: 1 - 2 / (e^2|x| + 1), with x's sign. */
+INLINE vf NAME(tanh)(vf x) {
+    vf magnitude = NAME(select)(x < 0.0f, -x, x);
+    vf e = NAME(exp)(-2.0f * magnitude);
+    vf t = (1.0f - e) / (1.0f + e);
+    return NAME(select)(x < 0.0f, -t, t);
+}
+
+/* A word is what one 32-bit lane multiplies and adds: a float, or a pair of bf16. */
+#ifdef BF16_DOT
+INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#define PER_WORD 2
+#else
+INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return sum + a * b; }
+#define PER_WORD 1
+#endif
