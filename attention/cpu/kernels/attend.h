@@ -16,8 +16,10 @@ struct NAME(scratch) {
     float *sums;        /* [heads][rows][value_columns]: the weighted sums of values, not yet divided */
     float *highest;     /* [heads][rows] */
     float *total;       /* [heads][rows] */
-    const char **keys, **values; /* [KEY_TILE]: head 0 of each key */
+    const char **keys[2], **values[2]; /* [KEY_TILE]: head 0 of each key, of this tile and of the next */
     float *key_scales, *value_scales; /* [KEY_TILE] */
+    float largest_value_scale;
+    float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
     float *zeros;
     uint8_t table[256];
 };
@@ -36,14 +38,17 @@ static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attent
     TAKE(query, rows * key_words);
     TAKE(sums, rows * value_words * PER_WORD);
     TAKE(highest, rows);
+    TAKE(query_scales, rows);
     TAKE(total, rows);
     TAKE(key_rows, KEY_TILE * key_words);
     TAKE(key_columns, KEY_TILE * key_words);
     TAKE(value_rows, KEY_TILE * value_words);
     TAKE(value_tile, KEY_TILE * value_words);
     TAKE(scores, (ROW_BLOCK + DOT_ROWS) * KEY_TILE);
-    TAKE(keys, KEY_TILE);
-    TAKE(values, KEY_TILE);
+    for (int i = 0; i < 2; i++) {
+        TAKE(keys[i], KEY_TILE);
+        TAKE(values[i], KEY_TILE);
+    }
     TAKE(key_scales, KEY_TILE);
     TAKE(value_scales, KEY_TILE);
     TAKE(zeros, key_words + value_words);
@@ -64,9 +69,9 @@ struct NAME(task) {
 #define ELEMENT_BYTES(call) ((call)->format != FORMAT_FLOAT ? 1 : (call)->dtype == DTYPE_F32 ? 4 : 2)
 
 /* Where channel 0 of head 0 lies for each key of a tile. */
-static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key, int num_keys) {
+static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key, int num_keys, const char **keys,
+                                   const char **values) {
     const struct attention_call *call = task->call;
-    struct NAME(scratch) *s = task->scratch;
     const int32_t *table = call->block_tables + task->seq * call->table_stride;
     int64_t bytes = ELEMENT_BYTES(call);
     int block_size = (int)call->block_size;
@@ -76,8 +81,8 @@ static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key,
         const char *key = (const char *)call->key.data + (block * call->key.block_stride + slot * call->key.slot_stride) * bytes;
         const char *value = (const char *)call->value.data + (block * call->value.block_stride + slot * call->value.slot_stride) * bytes;
         for (; slot < block_size && i < num_keys; slot++, i++) {
-            s->keys[i] = key;
-            s->values[i] = value;
+            keys[i] = key;
+            values[i] = value;
             key += call->key.slot_stride * bytes;
             value += call->value.slot_stride * bytes;
         }
@@ -94,8 +99,8 @@ static int TARGET NAME(words_of_head)(const struct NAME(task) *task, const struc
                                       int first_key, int num_keys, int num_words, float *to, const char **pointers) {
     const struct attention_call *call = task->call;
     int64_t offset = head * cache->head_stride * ELEMENT_BYTES(call);
-    int is_in_place = call->format == FORMAT_FLOAT && cache->dim == (int64_t)num_words * PER_WORD &&
-                      (call->dtype == DTYPE_F32 || PER_WORD == 2);
+    int is_in_place = cache->dim == (int64_t)num_words * PER_WORD &&
+                      (IS_INTEGER || (call->format == FORMAT_FLOAT && (call->dtype == DTYPE_F32 || PER_WORD == 2)));
     if (is_in_place) {
         for (int i = 0; i < num_keys; i++) pointers[i] = rows[i] + offset;
         return 1;
@@ -117,10 +122,12 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
                                       int num_keys, float *to) {
     const struct attention_call *call = task->call;
     const int32_t *table = call->block_tables + task->seq * call->table_stride;
-    const float *scale = (const float *)cache->scale + head * cache->scale_head_stride;
-    for (int i = 0; i < num_keys; i++) {
-        int64_t block = table[(first_key + i) / call->block_size], slot = (first_key + i) % call->block_size;
-        to[i] = scale[block * cache->scale_block_stride + slot * cache->scale_slot_stride];
+    int block_size = (int)call->block_size;
+    for (int i = 0; i < num_keys;) {
+        int slot = (first_key + i) % block_size;
+        const float *scale = (const float *)cache->scale + table[(first_key + i) / block_size] * cache->scale_block_stride +
+                             slot * cache->scale_slot_stride + head * cache->scale_head_stride;
+        for (; slot < block_size && i < num_keys; slot++, i++, scale += cache->scale_slot_stride) to[i] = *scale;
     }
     for (int i = num_keys; i % LANES; i++) to[i] = 0.0f;
 }
@@ -130,14 +137,14 @@ static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num
     const int panel = GEMM_VECTORS * LANES;
     for (int first = 0; first < num_keys; first += panel)
         for (int part = 0; part < panel; part += LANES) {
-            const float *rows[LANES];
+            const char *rows[LANES];
             float *column = to + (int64_t)first * num_words + part;
             for (int i = 0; i < LANES; i++)
-                rows[i] = first + part + i < num_keys ? (const float *)keys[first + part + i] : zeros;
+                rows[i] = first + part + i < num_keys ? keys[first + part + i] : (const char *)zeros;
 #if LANES == 16
             for (int w = 0; w < num_words; w += 16) { /* a 16 x 16 transposition */
                 __m512i x[16], y[16];
-                for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(rows[i] + w);
+                for (int i = 0; i < 16; i++) x[i] = (__m512i)NAME(load_words)(rows[i], w);
                 for (int i = 0; i < 16; i += 4) {
                     __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
                     __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
@@ -157,20 +164,20 @@ static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num
             }
 #else
             for (int w = 0; w < num_words; w++)
-                for (int i = 0; i < LANES; i++) column[(int64_t)w * panel + i] = rows[i][w];
+                for (int i = 0; i < LANES; i++) column[(int64_t)w * panel + i] = ((const float *)rows[i])[w];
 #endif
         }
 }
 
-/* Values as the right side of a product: row k holds value k; or, of bf16, values 2k and 2k + 1 interleaved. */
+/* Values as the right side of a product: row k holds value k; or, of pairs, values 2k and 2k + 1 interleaved. */
 static void TARGET NAME(lay_values)(const char *const *values, int num_keys, int num_words, const float *zeros, float *to) {
-#ifdef BF16_DOT
+#if PER_WORD == 2
     /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
     for (int k = 0; k < num_keys; k += 2) {
-        const float *even = (const float *)values[k], *odd = k + 1 < num_keys ? (const float *)values[k + 1] : zeros;
+        const char *even = values[k], *odd = k + 1 < num_keys ? values[k + 1] : (const char *)zeros;
         float *row = to + (int64_t)(k / 2) * num_words * 2;
         for (int w = 0; w < num_words; w += 16) {
-            __m512i a = _mm512_loadu_si512(even + w), b = _mm512_loadu_si512(odd + w);
+            __m512i a = (__m512i)NAME(load_words)(even, w), b = (__m512i)NAME(load_words)(odd, w);
             _mm512_storeu_si512(row + 2 * w, _mm512_unpacklo_epi16(a, b));
             _mm512_storeu_si512(row + 2 * w + 16, _mm512_unpackhi_epi16(a, b));
         }
@@ -183,7 +190,7 @@ static void TARGET NAME(lay_values)(const char *const *values, int num_keys, int
 
 /* Which column of `sums` holds channel d. */
 INLINE int NAME(column_of)(int d) {
-#ifdef BF16_DOT
+#if PER_WORD == 2
     int in_chunk = d % 32;
     return d - in_chunk + (in_chunk / 4 % 2) * 16 + in_chunk / 8 * 4 + in_chunk % 4;
 #else
@@ -205,14 +212,14 @@ INLINE void NAME(seen)(const struct NAME(task) *task, int token, int first_key, 
 
 /* One row of scores becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink. */
 static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys,
-                                 int padded_keys, float *row, float *highest, float *total) {
+                                 int padded_keys, float factor, float *row, float *highest, float *total, float *weight) {
     const struct attention_call *call = task->call;
     const struct NAME(scratch) *s = task->scratch;
     int low, high;
     NAME(seen)(task, token, first_key, num_keys, &low, &high);
-    float factor = call->scale;
     if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         factor *= ((const float *)call->key.scale)[(head / task->group) * call->key.scale_head_stride];
+    (void)weight;
     const vi lanes = NAME(lane_numbers)();
     const vf none = (vf){0} - INFINITY;
     vf largest = none;
@@ -250,6 +257,19 @@ static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int to
         if (call->format == FORMAT_INT8) p *= NAME(load)(s->value_scales + k);
         _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
     }
+#elif defined(INT16_DOT)
+    /* Weights are int16 against the largest that this tile can have, so that tiles without a peak lose nothing. */
+    vf bound = (vf){0};
+    bound[0] = NAME(max_lanes)(largest) - base;
+    *weight = NAME(exp)(bound)[0] * s->largest_value_scale / 32767.0f;
+    float per_weight = *weight > 0.0f ? 1.0f / *weight : 0.0f;
+    for (int k = 0; k < padded_keys; k += LANES) {
+        vf p = (vf){0};
+        if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
+        sum += p;
+        __m512i whole = _mm512_cvtps_epi32((__m512)(p * NAME(load)(s->value_scales + k) * per_weight));
+        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), _mm512_cvtsepi32_epi16(whole));
+    }
 #else
     for (int k = 0; k < padded_keys; k += LANES) {
         vf p = (vf){0};
@@ -266,26 +286,39 @@ static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int to
     return shrink;
 }
 
+/* Rows of one head that will be read soon; where there are fewer than num_wanted, a place that costs nothing. */
+static void TARGET NAME(rows_ahead)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head, int num_rows,
+                                    int num_wanted, const char **ahead) {
+    int64_t offset = head * cache->head_stride * ELEMENT_BYTES(task->call);
+    for (int i = 0; i < num_wanted + DOT_KEYS; i++)
+        ahead[i] = i < num_rows ? rows[i] + offset : (const char *)task->scratch->zeros;
+}
+
 /* One tile of keys for one head: scores, weights, and the weighted sum of values. */
-static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys) {
+static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys, int which,
+                                     int num_next) {
     const struct attention_call *call = task->call;
     struct NAME(scratch) *s = task->scratch;
     int slot = kv_head - task->first_head;
     int64_t row_base = (int64_t)slot * task->padded_rows;
     const float *query = s->query + row_base * task->key_words;
     float *sums = s->sums + row_base * task->value_columns;
-    const char *keys[KEY_TILE + DOT_KEYS], *values[KEY_TILE + DOT_KEYS];
+    const char *keys[KEY_TILE + DOT_KEYS], *values[KEY_TILE + DOT_KEYS], *ahead[KEY_TILE + DOT_KEYS];
     int padded_keys = (num_keys + LANES - 1) / LANES * LANES;
-    int depth = (num_keys + PER_WORD - 1) / PER_WORD;
 
-    NAME(words_of_head)(task, &call->key, s->keys, kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
+    NAME(words_of_head)(task, &call->key, s->keys[which], kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
     for (int i = 0; i < DOT_KEYS; i++) keys[num_keys + i] = (const char *)s->zeros;
     if (call->format == FORMAT_INT8) {
         NAME(token_scales)(task, &call->key, kv_head, first_key, num_keys, s->key_scales);
         NAME(token_scales)(task, &call->value, kv_head, first_key, num_keys, s->value_scales);
+        s->largest_value_scale = 0.0f;
+        for (int i = 0; i < num_keys; i++)
+            if (!(s->value_scales[i] <= s->largest_value_scale)) s->largest_value_scale = s->value_scales[i];
     }
+    int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
+    if (task->is_few) NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
     if (!task->is_few) NAME(lay_keys)(keys, num_keys, task->key_words, s->zeros, s->key_columns);
-    int is_laid = 0;
+    int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
         int num_rows = task->rows - r < ROW_BLOCK ? task->rows - r : ROW_BLOCK;
         int first_token = task->first + r / task->group, last_token = task->first + (r + num_rows - 1) / task->group;
@@ -297,8 +330,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         int seen_padded = (high + LANES - 1) / LANES * LANES;
         if (task->is_few) {
             NAME(dot_rows)(query + (int64_t)r * task->key_words, (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS,
-                           task->key_words, keys, num_keys, s->scores, KEY_TILE);
-            seen_depth = depth;
+                           task->key_words, keys, num_keys, s->scores, KEY_TILE, ahead, value_bytes);
             seen_padded = padded_keys;
         } else {
             const int panel = GEMM_VECTORS * LANES;
@@ -308,29 +340,55 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
                 int column = 0;
                 if (width == panel) {
                     NAME(gemm_column)(GEMM_VECTORS, num_rows, task->key_words, query + (int64_t)r * task->key_words, task->key_words,
-                                      b, panel, s->scores + first, KEY_TILE, 0);
+                                      b, panel, s->scores + first, KEY_TILE, 0, 0);
                 } else {
                     for (; column < width; column += LANES)
                         NAME(gemm_column)(1, num_rows, task->key_words, query + (int64_t)r * task->key_words, task->key_words,
-                                          b + column, panel, s->scores + first + column, KEY_TILE, 0);
+                                          b + column, panel, s->scores + first + column, KEY_TILE, 0, 0);
                 }
             }
         }
-        float shrink[ROW_BLOCK];
+        float shrink[ROW_BLOCK + DOT_ROWS], weight[ROW_BLOCK + DOT_ROWS];
         for (int i = 0; i < num_rows; i++) {
             int head = kv_head * task->group + (r + i) % task->group;
             shrink[i] = NAME(soften)(task, head, task->first + (r + i) / task->group, first_key, num_keys, seen_padded,
-                                     s->scores + i * KEY_TILE, s->highest + row_base + r + i, s->total + row_base + r + i);
+                                     call->scale * s->query_scales[row_base + r + i], s->scores + i * KEY_TILE,
+                                     s->highest + row_base + r + i, s->total + row_base + r + i, weight + i);
         }
-        if (!is_laid) {
-            NAME(words_of_head)(task, &call->value, s->values, kv_head, first_key, num_keys, task->value_words, s->value_rows, values);
-            NAME(lay_values)(values, num_keys, task->value_words, s->zeros, s->value_tile);
-            is_laid = 1;
+        if (!are_values_ready) {
+            NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
+                                s->value_rows, values);
+            values[num_keys] = (const char *)s->zeros;
+            if (!task->is_few) NAME(lay_values)(values, num_keys, task->value_words, s->zeros, s->value_tile);
+            are_values_ready = 1;
         }
-        NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, task->value_columns,
-                   sums + (int64_t)r * task->value_columns, task->value_columns, shrink);
+        if (task->is_few) {
+            int is_last = kv_head + 1 == task->end_head;
+            NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
+                             is_last ? num_next : num_keys, num_keys, ahead);
+            for (int i = num_rows; i % DOT_ROWS; i++) shrink[i] = weight[i] = 0.0f;
+            NAME(weigh_rows)(s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink, weight, ahead, key_bytes);
+        } else {
+            NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, task->value_columns,
+                       sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight);
+        }
     }
 }
+
+#ifdef INT16_DOT
+/* A query as int16, as large as the sums of its products with int8 allow; returns what one unit stands for. */
+static float TARGET NAME(query_to_int16)(const struct cache *row, int dtype, const char *from, int16_t *to, int num_words) {
+    float x[MAX_DIM], largest = 0.0f;
+    int dim = (int)row->dim, most = INT32_MAX / 128 / dim;
+    if (most > 32767) most = 32767;
+    NAME(row_to_floats)(row, FORMAT_FLOAT, dtype, from, 0, x);
+    for (int d = 0; d < dim; d++)
+        if (!(fabsf(x[d]) <= largest)) largest = fabsf(x[d]);
+    float units = largest > 0.0f && largest < INFINITY ? (float)most / largest : 0.0f;
+    for (int d = 0; d < 2 * num_words; d++) to[d] = d < dim ? (int16_t)rintf(x[d] * units) : 0;
+    return units > 0.0f ? 1.0f / units : largest; /* infinity and NaN go on into the scores */
+}
+#endif
 
 static void TARGET NAME(load_queries)(const struct NAME(task) *task) {
     const struct attention_call *call = task->call;
@@ -345,7 +403,13 @@ static void TARGET NAME(load_queries)(const struct NAME(task) *task) {
             }
             const char *from = (const char *)call->query + bytes * ((task->first + r / task->group) * call->query_token_stride +
                                                                     (h * task->group + r % task->group) * call->query_head_stride);
+            float *scale = task->scratch->query_scales + (int64_t)(h - task->first_head) * task->padded_rows + r;
+            *scale = 1.0f;
+#ifdef INT16_DOT
+            *scale = NAME(query_to_int16)(&as_row, call->dtype, from, (int16_t *)to, task->key_words);
+#else
             NAME(row_to_words)(&as_row, FORMAT_FLOAT, call->dtype, from, 0, 0, to, task->key_words);
+#endif
         }
 }
 
@@ -404,10 +468,14 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     memset(scratch->sums, 0, rows * task.value_columns * sizeof(float));
     NAME(load_queries)(&task);
     int tile = task.is_few ? FEW_TILE : KEY_TILE;
-    for (int key = task.first_key; key < task.end_key; key += tile) {
-        int num_keys = task.end_key - key < tile ? task.end_key - key : tile;
-        NAME(find_rows)(&task, key, num_keys);
-        for (int h = first_head; h < end_head; h++) NAME(attend_tile)(&task, h, key, num_keys);
+    int num_keys = task.end_key - task.first_key < tile ? task.end_key - task.first_key : tile, which = 0;
+    NAME(find_rows)(&task, task.first_key, num_keys, scratch->keys[0], scratch->values[0]);
+    for (int key = task.first_key; key < task.end_key; key += tile, which = !which) {
+        int next = key + tile, num_next = task.end_key - next < tile ? task.end_key - next : tile;
+        if (num_next < 0) num_next = 0;
+        NAME(find_rows)(&task, next, num_next, scratch->keys[!which], scratch->values[!which]);
+        for (int h = first_head; h < end_head; h++) NAME(attend_tile)(&task, h, key, num_keys, which, num_next);
+        num_keys = num_next;
     }
     for (int h = first_head; h < end_head; h++)
         for (int r = 0; r < task.rows; r++) NAME(finish_row)(&task, h, r);

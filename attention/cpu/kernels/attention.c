@@ -21,9 +21,14 @@ typedef int32_t int32_alias __attribute__((may_alias));
 
 #define MAX_DIM 1024
 #define MAX_FEW_ROWS 16
-#define FEW_TILE 64 /* keys of a tile that few rows read in place */
+#ifndef FEW_TILE
+#define FEW_TILE 32 /* keys of a tile that few rows read in place */
+#endif
 #define KEY_TILE 128    /* keys of a tile that is laid out for many rows */
 #define ROW_BLOCK 48 /* rows whose scores stay in the first-level cache */
+#ifndef AHEAD
+#define AHEAD 2
+#endif
 #define MAX_THREADS 255
 #define MIN_ELEMENTS_WRITTEN 65536 /* fewer are not worth another thread */
 
@@ -66,6 +71,14 @@ struct write_job {
 #define GEMM_VECTORS 4
 #include "one_isa.h"
 
+#define ISA avx512vnni
+#define TARGET __attribute__((target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define INT16_DOT
+#define LANES 16
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 4
+#include "one_isa.h"
+
 #define ISA avx512bf16
 #define TARGET __attribute__((target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define BF16_DOT
@@ -77,7 +90,7 @@ struct write_job {
 
 struct instruction_set {
     const char *name;
-    int needs_bf16; /* the queries'; for others the next set is taken */
+    enum { SERVES_ALL, SERVES_BF16, SERVES_INT8 } serves; /* INT8: with bf16 queries; where it does not serve, the next set does */
     int (*is_supported)(void);
     void (*run)(void *);
     void (*merge)(void *);
@@ -92,22 +105,24 @@ static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static int has_avx512bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
 #endif
 
-#define SET(name, isa, needs_bf16, is_supported) {name, needs_bf16, is_supported, run_##isa, merge_##isa, write_tokens_##isa, scratch_bytes_##isa}
+#define SET(name, isa, serves, is_supported) {name, serves, is_supported, run_##isa, merge_##isa, write_tokens_##isa, scratch_bytes_##isa}
 static const struct instruction_set SETS[] = {
 #if defined(__x86_64__)
-    SET("avx512bf16", avx512bf16, 1, has_avx512bf16),
-    SET("avx512", avx512, 0, has_avx512),
-    SET("avx2", avx2, 0, has_avx2),
+    SET("avx512vnni", avx512vnni, SERVES_INT8, has_avx512vnni),
+    SET("avx512bf16", avx512bf16, SERVES_BF16, has_avx512bf16),
+    SET("avx512", avx512, SERVES_ALL, has_avx512),
+    SET("avx2", avx2, SERVES_ALL, has_avx2),
 #endif
 #if defined(__aarch64__)
-    SET("neon", plain, 0, always), /* every 64-bit Arm has it: the compiler uses it for the plain vectors */
+    SET("neon", plain, SERVES_ALL, always), /* every 64-bit Arm has it: the compiler uses it for the plain vectors */
 #else
-    SET("plain", plain, 0, always),
+    SET("plain", plain, SERVES_ALL, always),
 #endif
 };
 enum { NUM_SETS = sizeof(SETS) / sizeof(SETS[0]) };
@@ -117,6 +132,11 @@ const char *pagedkv_instruction_set(int i, int *is_supported) {
     if (i < 0 || i >= NUM_SETS) return NULL;
     *is_supported = SETS[i].is_supported();
     return SETS[i].name;
+}
+
+static int serves(const struct instruction_set *set, const struct attention_call *call) {
+    if (set->serves == SERVES_ALL) return 1;
+    return call->dtype == DTYPE_BF16 && (set->serves == SERVES_BF16 || call->format == FORMAT_INT8) && set->is_supported();
 }
 
 /* Without an OpenMP runtime in the process, threads are made for the call: some 20 us each. */
@@ -146,7 +166,7 @@ static void run_on_threads(void (*body)(void *), void *argument, int num_threads
 
 /* Runs a call with the i-th instruction set. Returns 0, or -1 if there was no memory for the threads to work in. */
 int pagedkv_attention(const struct attention_call *call, int set, int num_threads, parallel_t parallel) {
-    if (SETS[set].needs_bf16 && call->dtype != DTYPE_BF16) set++;
+    while (!serves(&SETS[set], call)) set++;
     int64_t widest = 1, group = call->num_q_heads / call->num_kv_heads;
     for (int64_t i = 0; i < call->num_tasks; i++) {
         int64_t rows = (call->tasks[2 * call->num_tasks + i] - call->tasks[call->num_tasks + i]) * group + 3;

@@ -13,6 +13,9 @@
 #undef GEMM_ROWS
 #undef GEMM_VECTORS
 #undef BF16_DOT
+#undef INT16_DOT
+#undef IS_INTEGER
+#undef ROW_WORD_BYTES
 #undef PER_WORD
 #undef DOT_KEYS
 #undef DOT_ROWS

@@ -107,7 +107,7 @@ static void TARGET NAME(fill_table)(int format, uint8_t table[256]) {
 }
 #endif
 
-/* One row as words, zeros behind the last channel up to num_words. */
+/* One row as words (or, of int8, as it is), zeros behind the last channel up to num_words. */
 static void TARGET NAME(row_to_words)(const struct cache *cache, int format, int dtype, const char *row,
                                       const uint16_t *scale, const uint8_t *table, float *words, int num_words) {
 #ifdef BF16_DOT
@@ -127,6 +127,10 @@ static void TARGET NAME(row_to_words)(const struct cache *cache, int format, int
     NAME(row_to_floats)(cache, format, dtype, row, scale, floats);
     memset(floats + dim, 0, (2 * num_words - dim) * sizeof(float));
     NAME(store_bf16)(to, floats, 2 * num_words);
+#elif defined(INT16_DOT)
+    (void)format, (void)dtype, (void)scale, (void)table;
+    memcpy(words, row, cache->dim);
+    memset((char *)words + cache->dim, 0, 2 * num_words - cache->dim);
 #else
     (void)table;
     NAME(row_to_floats)(cache, format, dtype, row, scale, words);

@@ -22,10 +22,19 @@ INLINE vi NAME(lane_numbers)(void) {
     return lanes;
 }
 
+/* Sums of products are floats; or, of int16 products, integers that travel as the same bits. */
+#ifdef INT16_DOT
+INLINE vf NAME(add_sums)(vf a, vf b) { return (vf)((vi)a + (vi)b); }
+INLINE vf NAME(as_floats)(vf sum) { return __builtin_convertvector((vi)sum, vf); }
+#else
+INLINE vf NAME(add_sums)(vf a, vf b) { return a + b; }
+INLINE vf NAME(as_floats)(vf sum) { return sum; }
+#endif
+
 /* (a0, a2, b0, b2) + (a1, a3, b1, b3) in each 128-bit part: half the lanes of two vectors, summed in pairs. */
 INLINE vf NAME(pair_sums)(vf a, vf b) {
 #if LANES == 16
-    return (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
+    return NAME(add_sums)((vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
 #elif LANES == 8
     return (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88) + (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
 #else
@@ -39,8 +48,9 @@ INLINE vf NAME(sums_of)(const vf x[LANES]) {
     for (int i = 0; i < LANES / 4; i++)
         quad[i] = NAME(pair_sums)(NAME(pair_sums)(x[4 * i], x[4 * i + 1]), NAME(pair_sums)(x[4 * i + 2], x[4 * i + 3]));
 #if LANES == 16
-#define PARTS(a, b) \
-    (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD)
+#define PARTS(a, b)                                                  \
+    NAME(add_sums)((vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88), \
+                   (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD))
     vf low = PARTS(quad[0], quad[1]), high = PARTS(quad[2], quad[3]);
     return PARTS(low, high);
 #undef PARTS
@@ -88,11 +98,31 @@ INLINE vf NAME(tanh)(vf x) {
     return NAME(select)(x < 0.0f, -t, t);
 }
 
-/* A word is what one 32-bit lane multiplies and adds: a float, or a pair of bf16. */
-#ifdef BF16_DOT
-INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+/* A word is what one 32-bit lane multiplies and adds: a float, a pair of bf16, or a pair of int16. Rows of int8 become pairs
+   of int16 as they are loaded: ROW_WORD_BYTES is what a word takes in a row. */
+#if defined(BF16_DOT)
 #define PER_WORD 2
+#define ROW_WORD_BYTES 4
+INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#elif defined(INT16_DOT)
+#define PER_WORD 2
+#define ROW_WORD_BYTES 2
+INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) {
+    /* Not the intrinsic: gcc 12 copies every accumulator around it, at a third of the speed. */
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
 #else
-INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return sum + a * b; }
 #define PER_WORD 1
+#define ROW_WORD_BYTES 4
+INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return sum + a * b; }
 #endif
+
+/* LANES words of a row, from word w on. */
+INLINE vf NAME(load_words)(const char *row, int w) {
+#ifdef INT16_DOT
+    return (vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(row + 2 * w)));
+#else
+    return NAME(load)(row + 4 * w);
+#endif
+}
