@@ -16,10 +16,12 @@ from pagedkv.errors import (
     InvariantViolation,
     OutOfBlocksError,
     PagedKVError,
+    SavedBlocksError,
     StalePlanError,
     TraceError,
     UnknownIdError,
 )
+from pagedkv.kv_spec import KVSpec
 from pagedkv.manager import Appended, KVCacheManager, PrefixHit
 from pagedkv.plans import BlockCopies
 from pagedkv.prefix_cache import PrefixCache
@@ -41,11 +43,13 @@ __all__ = [
     "InvalidArgumentError",
     "InvariantViolation",
     "KVCacheManager",
+    "KVSpec",
     "MemoryStatistics",
     "OutOfBlocksError",
     "PagedKVError",
     "PrefixCache",
     "PrefixHit",
+    "SavedBlocksError",
     "SimulatedPrompt",
     "StalePlanError",
     "TraceError",

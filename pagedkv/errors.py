@@ -10,6 +10,7 @@ __all__ = [
     "InvariantViolation",
     "OutOfBlocksError",
     "PagedKVError",
+    "SavedBlocksError",
     "StalePlanError",
     "TraceError",
     "UnknownIdError",
@@ -54,6 +55,10 @@ class DuplicateIdError(PagedKVError, ValueError):
 
 class StalePlanError(PagedKVError, ValueError):
     """The caller's mistake: a plan that is not the one in flight, or is read after its tables have moved on."""
+
+
+class SavedBlocksError(PagedKVError, ValueError):
+    """A file of saved blocks that cannot be used: damaged, made for another model, or no such file at all."""
 
 
 class TraceError(PagedKVError, ValueError):
