@@ -68,7 +68,9 @@ class CPUBackend:
 
     def refuses(self, features: Features) -> str | None:
         """Float64."""
-        return None if features.dtype in _DTYPES else f"it computes in float32, float16 and bfloat16, not {features.dtype}"
+        return (
+            None if features.dtype in _DTYPES else f"it computes in float32, float16 and bfloat16, not {features.dtype}"
+        )
 
     def refuses_write(self, features: Features) -> str | None:
         """Float64."""
@@ -88,7 +90,7 @@ class CPUBackend:
         """The instruction set, and whose threads."""
         kernel = self.kernel
         threads = "torch's OpenMP threads" if kernel.shares_threads else "its own threads"
-        return f"C kernel, {kernel.instruction_set}, {threads}"
+        return f"C kernel with {', '.join(kernel.in_use)}, on {threads}"
 
     def attend(self, call: AttentionCall) -> None:
         """Hand the call over by address. Small tensors that are not contiguous are copied first."""

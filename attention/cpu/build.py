@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["KernelBuildError", "cache_folder", "compile_kernel", "find_kernel", "kernel_name"]
+__all__ = ["KernelBuildError", "cache_folder", "can_compile", "compile_kernel", "find_kernel", "kernel_name"]
 
 SOURCES = Path(__file__).parent / "kernels"
 # -fno-math-errno and -fno-trapping-math let loops with min, max and select become vectors; both keep NaN and infinity.
@@ -42,6 +42,11 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "pagedkv"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pagedkv"
+
+
+def can_compile() -> bool:
+    """Whether a C compiler is found."""
+    return any(shutil.which(name) for name in COMPILERS)
 
 
 def compile_kernel(target: Path) -> None:

@@ -87,7 +87,7 @@ class WriteCallC(Structure):
 
 
 class Kernel:
-    """The loaded library, with the best instruction set that this processor has, unless one is named."""
+    """The loaded library. Each call runs with the best instruction set, from `instruction_set` on, that serves it."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -97,19 +97,24 @@ class Kernel:
         self._write = library.pagedkv_write
         self._write.argtypes = [POINTER(WriteCallC), c_int, c_int, c_void_p]
         self._write.restype = None
-        library.pagedkv_instruction_set.argtypes = [c_int, POINTER(c_int)]
+        _check_sizes(library)
+        library.pagedkv_instruction_set.argtypes = [c_int, POINTER(c_int), POINTER(c_int)]
         library.pagedkv_instruction_set.restype = c_char_p
-        sets: dict[str, int] = {}
-        is_supported = c_int()
-        index = 0
-        while (name := library.pagedkv_instruction_set(index, byref(is_supported))) is not None:
-            if is_supported.value:
-                sets[name.decode()] = index
-            index += 1
-        self.instruction_sets = sets
+        self.instruction_sets: dict[str, int] = {}
         """Those that this processor has, the best first."""
-        self.instruction_set = next(iter(sets))
-        """The one in use."""
+        self.in_use: list[str] = []
+        """Those that calls are run with: special ones for what they serve, then one for everything."""
+        is_supported, serves_all = c_int(), c_int()
+        index, is_complete = 0, False
+        while (name := library.pagedkv_instruction_set(index, byref(is_supported), byref(serves_all))) is not None:
+            if is_supported.value:
+                self.instruction_sets[name.decode()] = index
+                if not is_complete:
+                    self.in_use.append(name.decode())
+                is_complete = is_complete or bool(serves_all.value)
+            index += 1
+        self.instruction_set = self.in_use[0]
+        """Where the search for the one that serves a call begins."""
         self._parallel = _team_of_the_process()
 
     @property
@@ -125,6 +130,16 @@ class Kernel:
     def write(self, call: WriteCallC, num_threads: int) -> None:
         """Run a write."""
         self._write(byref(call), self.instruction_sets[self.instruction_set], num_threads, self._parallel)
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    for structure, size in (
+        (AttentionCallC, library.pagedkv_size_of_attention_call),
+        (WriteCallC, library.pagedkv_size_of_write_call),
+    ):
+        size.restype = c_int64
+        if size() != ctypes.sizeof(structure):
+            raise OSError(f"the kernel's {structure.__name__} has {size()} bytes, ours has {ctypes.sizeof(structure)}")
 
 
 def _team_of_the_process() -> int | None:

@@ -68,6 +68,16 @@ struct NAME(task) {
 
 #define ELEMENT_BYTES(call) ((call)->format != FORMAT_FLOAT ? 1 : (call)->dtype == DTYPE_F32 ? 4 : 2)
 
+/* Starts fetching the scales of up to num_keys slots of a block, from `slot` on. */
+static void TARGET NAME(fetch_scales)(const struct attention_call *call, const struct cache *cache, int64_t block, int slot,
+                                      int num_keys) {
+    int64_t bytes = call->format == FORMAT_INT8 ? 4 : 2;
+    int64_t first = block * cache->scale_block_stride + slot * cache->scale_slot_stride;
+    int64_t end = first + (num_keys < call->block_size - slot ? num_keys : call->block_size - slot) * cache->scale_slot_stride;
+    for (const char *at = (const char *)cache->scale + first * bytes; at < (const char *)cache->scale + end * bytes; at += 64)
+        __builtin_prefetch(at, 0, AHEAD);
+}
+
 /* Where channel 0 of head 0 lies for each key of a tile. */
 static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key, int num_keys, const char **keys,
                                    const char **values) {
@@ -80,6 +90,10 @@ static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key,
         int64_t block = table[(first_key + i) / block_size];
         const char *key = (const char *)call->key.data + (block * call->key.block_stride + slot * call->key.slot_stride) * bytes;
         const char *value = (const char *)call->value.data + (block * call->value.block_stride + slot * call->value.slot_stride) * bytes;
+        if (call->format == FORMAT_INT8 || call->format == FORMAT_INT4) {
+            NAME(fetch_scales)(call, &call->key, block, slot, num_keys - i);
+            NAME(fetch_scales)(call, &call->value, block, slot, num_keys - i);
+        }
         for (; slot < block_size && i < num_keys; slot++, i++) {
             keys[i] = key;
             values[i] = value;
@@ -210,7 +224,27 @@ INLINE void NAME(seen)(const struct NAME(task) *task, int token, int first_key, 
     *low = from > *high ? *high : (int)from;
 }
 
-/* One row of scores becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink. */
+/* A vector of products becomes scores: soft-cap, ALiBi, and what the tree hides. */
+INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token, int key, int num_left) {
+    const struct attention_call *call = task->call;
+    if (call->softcap > 0.0f) x = call->softcap * NAME(tanh)(x * (1.0f / call->softcap));
+    if (call->alibi_slopes) {
+        vf distance = __builtin_convertvector((int)(key - token - task->query_offset) + NAME(lane_numbers)(), vf);
+        x -= call->alibi_slopes[head] * NAME(select)(distance < 0.0f, -distance, distance);
+    }
+    if (call->tree_mask) {
+        const int32_t *bits = call->tree_mask + token * call->tree_words;
+        int first_draft = task->length - (call->query_start_loc[task->seq + 1] - call->query_start_loc[task->seq]);
+        for (int i = 0; i < LANES && i < num_left; i++) {
+            int draft = key + i - first_draft;
+            if (draft >= 0 && !(bits[draft / 32] >> (draft % 32) & 1)) x[i] = -INFINITY;
+        }
+    }
+    return x;
+}
+
+/* One row of products becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink.
+   `weight`: what one unit of an integer weight stands for. */
 static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys,
                                  int padded_keys, float factor, float *row, float *highest, float *total, float *weight) {
     const struct attention_call *call = task->call;
@@ -219,69 +253,46 @@ static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int to
     NAME(seen)(task, token, first_key, num_keys, &low, &high);
     if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         factor *= ((const float *)call->key.scale)[(head / task->group) * call->key.scale_head_stride];
-    (void)weight;
+    const int is_int8 = call->format == FORMAT_INT8;
+    const int is_plain = !(call->softcap > 0.0f) && !call->alibi_slopes && !call->tree_mask;
     const vi lanes = NAME(lane_numbers)();
     const vf none = (vf){0} - INFINITY;
     vf largest = none;
-    float slope = call->alibi_slopes ? call->alibi_slopes[head] : 0.0f;
-    int64_t position = (int64_t)token + task->query_offset;
-    const int32_t *bits = call->tree_mask ? call->tree_mask + token * call->tree_words : 0;
-    int first_draft = bits ? task->length - (call->query_start_loc[task->seq + 1] - call->query_start_loc[task->seq]) : 0;
     for (int k = low / LANES * LANES; k < high; k += LANES) {
         vf x = NAME(load)(row + k) * factor;
-        if (call->format == FORMAT_INT8) x *= NAME(load)(s->key_scales + k);
-        if (call->softcap > 0.0f) x = call->softcap * NAME(tanh)(x * (1.0f / call->softcap));
-        if (call->alibi_slopes) {
-            vf distance = __builtin_convertvector((int)(first_key + k - position) + lanes, vf);
-            x -= slope * NAME(select)(distance < 0.0f, -distance, distance);
-        }
+        if (is_int8) x *= NAME(load)(s->key_scales + k);
+        if (!is_plain) x = NAME(biased)(task, x, head, token, first_key + k, high - k);
         if (k < low || k + LANES > high) x = NAME(select)((lanes >= low - k) & (lanes < high - k), x, none);
-        if (bits)
-            for (int i = 0; i < LANES; i++) {
-                int draft = first_key + k + i - first_draft;
-                if (draft >= 0 && k + i < high && !(bits[draft / 32] >> (draft % 32) & 1)) x[i] = -INFINITY;
-            }
         NAME(store)(row + k, x);
         largest = NAME(larger)(x, largest);
     }
-    float before = *highest, now = NAME(max_lanes)(largest);
-    if (now < before) now = before;
+    float before = *highest, tile_highest = NAME(max_lanes)(largest), now = tile_highest > before ? tile_highest : before;
     *highest = now;
     float base = now == -INFINITY ? 0.0f : now;
-    vf sum = (vf){0};
-#ifdef BF16_DOT
-    for (int k = 0; k < padded_keys; k += LANES) { /* weights are half as wide as scores: they are written behind the reads */
-        vf p = (vf){0};
-        if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
-        sum += p;
-        if (call->format == FORMAT_INT8) p *= NAME(load)(s->value_scales + k);
-        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
-    }
-#elif defined(INT16_DOT)
+#ifdef INT16_DOT
     /* Weights are int16 against the largest that this tile can have, so that tiles without a peak lose nothing. */
-    vf bound = (vf){0};
-    bound[0] = NAME(max_lanes)(largest) - base;
-    *weight = NAME(exp)(bound)[0] * s->largest_value_scale / 32767.0f;
+    *weight = expf(tile_highest - base) * s->largest_value_scale / 32767.0f;
     float per_weight = *weight > 0.0f ? 1.0f / *weight : 0.0f;
-    for (int k = 0; k < padded_keys; k += LANES) {
-        vf p = (vf){0};
-        if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
-        sum += p;
-        __m512i whole = _mm512_cvtps_epi32((__m512)(p * NAME(load)(s->value_scales + k) * per_weight));
-        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), _mm512_cvtsepi32_epi16(whole));
-    }
 #else
+    (void)weight;
+#endif
+    vf sum = (vf){0};
     for (int k = 0; k < padded_keys; k += LANES) {
         vf p = (vf){0};
         if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
         sum += p;
-        if (call->format == FORMAT_INT8) p *= NAME(load)(s->value_scales + k);
+        if (is_int8) p *= NAME(load)(s->value_scales + k);
+            /* Words of pairs are half as wide as scores: they are written behind the reads. */
+#if defined(BF16_DOT)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+#elif defined(INT16_DOT)
+        __m512i whole = _mm512_cvtps_epi32((__m512)(p * per_weight));
+        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), _mm512_cvtsepi32_epi16(whole));
+#else
         NAME(store)(row + k, p);
-    }
 #endif
-    vf shrink_of = (vf){0};
-    shrink_of[0] = before - base;
-    float shrink = before == -INFINITY ? 0.0f : NAME(exp)(shrink_of)[0];
+    }
+    float shrink = before == now ? 1.0f : before == -INFINITY ? 0.0f : expf(before - base);
     *total = *total * shrink + NAME(sum_lanes)(sum);
     return shrink;
 }
@@ -425,7 +436,7 @@ static void TARGET NAME(finish_row)(const struct NAME(task) *task, int kv_head, 
     for (int d = 0; d < dim; d++) channels[d] = sums[NAME(column_of)(d)];
     if (call->value.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         value_scale = ((const float *)call->value.scale)[kv_head * call->value.scale_head_stride];
-    if (task->partial < 0 && call->sinks) {
+    if (task->partial < 0 && call->sinks && call->sinks[head] != -INFINITY) {
         float sink = call->sinks[head], top = sink > highest ? sink : highest;
         total = highest == -INFINITY ? 0.0f : total * expf(highest - top);
         value_scale *= highest == -INFINITY ? 0.0f : expf(highest - top);

@@ -22,7 +22,7 @@ typedef int32_t int32_alias __attribute__((may_alias));
 #define MAX_DIM 1024
 #define MAX_FEW_ROWS 16
 #ifndef FEW_TILE
-#define FEW_TILE 32 /* keys of a tile that few rows read in place */
+#define FEW_TILE 48 /* keys of a tile that few rows read in place */
 #endif
 #define KEY_TILE 128    /* keys of a tile that is laid out for many rows */
 #define ROW_BLOCK 48 /* rows whose scores stay in the first-level cache */
@@ -127,12 +127,17 @@ static const struct instruction_set SETS[] = {
 };
 enum { NUM_SETS = sizeof(SETS) / sizeof(SETS[0]) };
 
-/* The i-th instruction set, best first, or NULL; and whether this processor has it. */
-const char *pagedkv_instruction_set(int i, int *is_supported) {
+/* The i-th instruction set, best first, or NULL; whether this processor has it, and whether it serves every call. */
+const char *pagedkv_instruction_set(int i, int *is_supported, int *serves_all) {
     if (i < 0 || i >= NUM_SETS) return NULL;
     *is_supported = SETS[i].is_supported();
+    *serves_all = SETS[i].serves == SERVES_ALL;
     return SETS[i].name;
 }
+
+/* For the caller to hold its own idea of the structures against. */
+int64_t pagedkv_size_of_attention_call(void) { return sizeof(struct attention_call); }
+int64_t pagedkv_size_of_write_call(void) { return sizeof(struct write_call); }
 
 static int serves(const struct instruction_set *set, const struct attention_call *call) {
     if (set->serves == SERVES_ALL) return 1;

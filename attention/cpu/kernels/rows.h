@@ -51,7 +51,12 @@ static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, in
     if (format == FORMAT_FLOAT && dtype == DTYPE_F32) {
         memcpy(to, row, 4 * dim);
     } else if (format == FORMAT_FLOAT && dtype == DTYPE_F16) {
-        for (int i = 0; i < dim; i++) to[i] = NAME(from_f16)(halves[i]);
+        int i = 0;
+#if LANES == 16
+        for (; i + 16 <= dim; i += 16)
+            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + i))));
+#endif
+        for (; i < dim; i++) to[i] = NAME(from_f16)(halves[i]);
     } else if (format == FORMAT_FLOAT) {
         for (int i = 0; i < dim; i++) to[i] = NAME(from_bf16)(halves[i]);
     } else if (format == FORMAT_E4M3) {
@@ -94,6 +99,21 @@ INLINE void NAME(codes_to_bf16)(__m512i codes, __m512i is_int8, const uint8_t ta
     _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
 }
 
+/* A group has sixteen values: they are computed once, and its codes choose among them. */
+static void TARGET NAME(int4_to_bf16)(const uint8_t *codes, const uint16_t *scale, int dim, int group_size, uint16_t *to) {
+    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int first = 0; first < dim; first += group_size, scale += 2) {
+        __m512 step = _mm512_set1_ps(NAME(from_bf16)(scale[0])), minimum = _mm512_set1_ps(NAME(from_bf16)(scale[1]));
+        __m512i values = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(numbers, step, minimum)));
+        for (int i = first; i < first + group_size; i += 32) {
+            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
+            __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)); /* a byte's halves, one in each half of a word */
+            __m512i index = _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
+            _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index, values));
+        }
+    }
+}
+
 /* The table for codes_to_bf16: low bytes of the bf16 of codes 0 to 127, then their high bytes. */
 static void TARGET NAME(fill_table)(int format, uint8_t table[256]) {
     for (int code = 0; code < 128; code++) {
@@ -121,6 +141,11 @@ static void TARGET NAME(row_to_words)(const struct cache *cache, int format, int
     if (format != FORMAT_INT4 && dim % 64 == 0) {
         __m512i is_int8 = _mm512_set1_epi8(format == FORMAT_INT8 ? -1 : 0);
         for (int i = 0; i < dim; i += 64) NAME(codes_to_bf16)(_mm512_loadu_si512(row + i), is_int8, table, to + i);
+        return;
+    }
+    if (format == FORMAT_INT4 && cache->group_size % 32 == 0) {
+        NAME(int4_to_bf16)((const uint8_t *)row, scale, dim, (int)cache->group_size, to);
+        memset(to + dim, 0, 4 * num_words - 2 * dim);
         return;
     }
     float floats[MAX_DIM + 64];

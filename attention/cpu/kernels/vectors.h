@@ -62,6 +62,10 @@ INLINE vf NAME(sums_of)(const vf x[LANES]) {
 #endif
 }
 
+#if LANES == 16 /* as a tree; gcc makes a chain of the loops */
+INLINE float NAME(sum_lanes)(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float NAME(max_lanes)(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 INLINE float NAME(sum_lanes)(vf x) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += x[i];
@@ -72,6 +76,7 @@ INLINE float NAME(max_lanes)(vf x) {
     for (int i = 1; i < LANES; i++) largest = x[i] > largest ? x[i] : largest;
     return largest;
 }
+#endif
 
 /* e^x for x <= 0 (and a little above), 0 below -87. 2^n * 2^f with f in [-0.5, 0.5] and a polynomial for 2^f whose
    coefficients are those of the series of e^(f ln 2) to the seventh term: relative error below 2e-7. */

@@ -1,0 +1,231 @@
+"""The C kernel: every instruction set, the threads it runs on, how it is built, found and done without."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from agreement import check
+from batches import Batch, one_thread
+
+from pagedkv.attention import backend_info, paged_attention
+from pagedkv.attention.backends import backend_named, pick_for_device
+from pagedkv.attention.cpu import build
+from pagedkv.attention.cpu.backend import CPUBackend
+from pagedkv.attention.cpu.build import KernelBuildError, compile_kernel, find_kernel, kernel_name
+from pagedkv.attention.cpu.library import AttentionCallC, Kernel
+
+HAS_COMPILER = build.can_compile()
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+SETS = ("avx512vnni", "avx512bf16", "avx512", "avx2", "plain", "neon")
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    if not HAS_COMPILER:
+        pytest.skip("there is no C compiler")
+    backend = backend_named("cpu")
+    assert isinstance(backend, CPUBackend)
+    first = backend.kernel.instruction_set
+    yield backend.kernel
+    backend.kernel.instruction_set = first
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # what is built is not run here
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "pagedkv")
+    return tmp_path / "pagedkv"
+
+
+MIXED = Batch(
+    lens=((1, 700), (5, 40), (130, 131), (0, 9), (1, 1)), num_kv_heads=2, group=4, head_dim=128, value_dim=128
+)
+CASES = {
+    "mixed": MIXED,
+    "odd sizes": Batch(
+        lens=((70, 300), (3, 130), (1, 5)), block_size=5, num_kv_heads=2, group=3, head_dim=80, value_dim=48,
+        window=(37, None), softcap=3.0,
+    ),
+    "no causality": Batch(
+        lens=((1, 300), (3, 130), (5, 5), (9, 4)), block_size=1, num_kv_heads=4, head_dim=112, value_dim=96,
+        causal=False, window=(30, 2), has_sinks=True, has_alibi=True,
+    ),
+    "many rows of one head": Batch(lens=((1, 600), (3, 130)), group=32, head_dim=192, value_dim=128, has_sinks=True),
+    "latent": Batch(lens=((1, 300), (2, 33)), group=16, head_dim=576, value_dim=512, layout="latent"),
+    "tree": Batch(lens=((5, 50), (33, 80)), num_kv_heads=2, group=2, has_tree_mask=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_instruction_set_agrees_with_float64(kernel: Kernel, instruction_set: str, dtype: str) -> None:
+    if instruction_set not in kernel.instruction_sets:
+        pytest.skip(f"this processor has no {instruction_set}")
+    kernel.instruction_set = instruction_set
+
+    with one_thread():
+        for batch in CASES.values():
+            for cache in ("float", "int8", "fp8_e4m3", "fp8_e5m2", "int4"):
+                if batch.layout == "latent" and cache == "int4":
+                    continue
+                case = dataclasses.replace(batch, dtype=dtype, cache=cache, int4_groups=(1, 1))
+                check(case, *case.call("cpu"))
+
+
+def test_the_best_instruction_sets_come_first_and_the_last_in_use_serves_everything(kernel: Kernel) -> None:
+    names = list(kernel.instruction_sets)
+
+    assert names == [name for name in SETS if name in names]
+    assert kernel.in_use == names[: len(kernel.in_use)]
+    assert kernel.in_use[-1] in {"avx512", "avx2", "plain", "neon"}
+
+
+def test_results_do_not_depend_on_the_number_of_threads_but_for_rounding(kernel: Kernel) -> None:
+    batch = dataclasses.replace(MIXED, dtype="bfloat16", lens=((1, 5000), (1, 300), (200, 700)))
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            check(batch, *batch.call("cpu"))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_second_pool_of_threads_is_made(kernel: Kernel) -> None:
+    before = torch.get_num_threads()
+    batch = dataclasses.replace(MIXED, lens=((1, 3000),) * 4)
+    try:
+        torch.set_num_threads(2)
+        torch.ones(1 << 20).sum()
+        batch.call("cpu")
+        num_threads = len(list(Path("/proc/self/task").iterdir()))
+        for _ in range(3):
+            torch.ones(1 << 20).sum()
+            batch.call("cpu")
+        assert kernel.shares_threads
+        assert len(list(Path("/proc/self/task").iterdir())) == num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_of_its_own_do_the_same_work(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_parallel", None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check(MIXED, *MIXED.call("cpu"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_among_the_keys_that_are_seen_comes_out_as_nan(kernel: Kernel) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        query = torch.ones(2, 1, 64, dtype=dtype)
+        cache = torch.ones(2, 16, 1, 64, dtype=dtype)
+        cache[1, 3] = torch.nan
+        tables = torch.tensor([[0], [1]], dtype=torch.int32)
+        lens = torch.tensor([16, 16], dtype=torch.int32)
+
+        out = paged_attention(
+            query, cache, cache, tables, lens, torch.tensor([0, 1, 2], dtype=torch.int32), backend="cpu"
+        )
+
+        assert isinstance(out, torch.Tensor)
+        assert out[0].eq(1).all()
+        assert out[1].isnan().all()
+
+
+@needs_compiler
+def test_the_kernel_is_compiled_once_and_found_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = find_kernel()
+    assert first == empty_cache / kernel_name()
+    assert list(empty_cache.iterdir()) == [first]
+    monkeypatch.setattr(build, "COMPILERS", ())
+
+    assert find_kernel() == first
+
+
+@needs_compiler
+def test_a_kernel_beside_its_sources_is_preferred(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "kernels"
+    shutil.copytree(build.SOURCES, package, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(build, "SOURCES", package)
+    compile_kernel(package / kernel_name())
+
+    assert find_kernel() == package / kernel_name()
+    assert not empty_cache.exists()
+
+
+def test_other_sources_make_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = kernel_name()
+    package = tmp_path / "kernels"
+    shutil.copytree(build.SOURCES, package)
+    monkeypatch.setattr(build, "SOURCES", package)
+    assert kernel_name() == name
+    (package / "call.h").write_text((package / "call.h").read_text() + "\n")
+
+    assert kernel_name() != name
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_to_is_not_loaded_from(empty_cache: Path) -> None:
+    cached = find_kernel()
+    cached.parent.chmod(0o702)
+
+    with pytest.raises(KernelBuildError, match="can be written by other users"):
+        find_kernel()
+
+
+@needs_compiler
+def test_a_compiler_that_fails_says_why(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "kernels"
+    shutil.copytree(build.SOURCES, package, ignore=shutil.ignore_patterns("*.so"))
+    (package / "attention.c").write_text("int main(void) { return missing; }\n")
+    monkeypatch.setattr(build, "SOURCES", package)
+
+    with pytest.raises(KernelBuildError, match=r"failed: .*missing"):
+        find_kernel()
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_without_a_compiler_torch_serves_and_one_warning_says_so(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "kernels"
+    shutil.copytree(build.SOURCES, package, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(build, "SOURCES", package)
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr("pagedkv.attention.backends._REGISTRY", {})
+
+    with pytest.warns(RuntimeWarning, match="no C compiler found"):
+        picked = pick_for_device(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        info = {backend.name: backend for backend in backend_info()}
+        with one_thread():
+            check(MIXED, *MIXED.call(None))
+
+    assert picked.name == "torch"
+    assert not info["cpu"].is_available
+    assert "no C compiler" in info["cpu"].detail
+
+
+@needs_compiler
+def test_a_library_whose_structures_differ_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = [*AttentionCallC._fields_, ("more", ctypes.c_int64)]
+
+    monkeypatch.setattr("pagedkv.attention.cpu.library.AttentionCallC", Longer)
+
+    with pytest.raises(OSError, match="bytes, ours has"):
+        Kernel(find_kernel())
