@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # seen from the folder above it.
 EDITABLE := --config-settings editable_mode=compat --editable
 
-.PHONY: demo test check slow bench clean
+.PHONY: demo test check slow bench gpu-check clean
 
 demo: .venv/demo ## Replay the sample trace and say where the report is.
 	$(BIN)/pagedkv replay --out out-demo
@@ -24,6 +24,10 @@ check: .venv/test ## Lint, format and types.
 
 bench: .venv/demo ## Run every benchmark and write the results to benchmarks/results/.
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# With the environment's own Python where there is no .venv: GPU machines bring their torch and Triton along.
+gpu-check: ## Check and time the GPU kernels: needs a CUDA GPU, torch and Triton. ARGS=--quick checks only.
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,15 +1,17 @@
 """Attention through block tables: tensors in, tensors out; it knows no request.
 
 `paged_attention` reads, `write_kv` writes, `plan` divides a step's work once for all layers, `merge_states` puts partial
-results together. `backend_info()` says what runs here.
+results together; `cascade_attention` reads a prefix that many share once. `backend_info()` says what runs here.
 """
 
 from pagedkv.attention.backends import BackendInfo, backend_info
+from pagedkv.attention.cascade import CascadePlan, cascade_attention, plan_cascade
 from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedError
 from pagedkv.attention.formats import CacheFormat, format_of, scale_shape
 from pagedkv.attention.merge import merge_states
 from pagedkv.attention.op import paged_attention, write_kv
 from pagedkv.attention.step_plan import AttentionPlan, plan
+from pagedkv.attention.tree_mask import pack_tree_mask, tree_mask_from_parents
 
 __all__ = [
     "paged_attention",
@@ -17,6 +19,11 @@ __all__ = [
     "merge_states",
     "plan",
     "AttentionPlan",
+    "cascade_attention",
+    "plan_cascade",
+    "CascadePlan",
+    "pack_tree_mask",
+    "tree_mask_from_parents",
     "CacheFormat",
     "format_of",
     "scale_shape",

@@ -58,8 +58,11 @@ def _backends() -> dict[str, Backend]:
     from pagedkv.attention.cpu.backend import CPUBackend
     from pagedkv.attention.reference import ReferenceBackend
     from pagedkv.attention.torch_backend import TorchBackend
+    from pagedkv.attention.triton_kernels import TritonBackend, is_interpreted
 
     backends: list[Backend] = [CPUBackend(), TorchBackend(), ReferenceBackend()]
+    # Interpreted, Triton serves every device, and everything but the reference is faster: by name only.
+    backends.insert(len(backends) - 1 if is_interpreted() else 0, TritonBackend())
     return {backend.name: backend for backend in backends}
 
 

@@ -9,11 +9,12 @@ from pagedkv.attention.call import Features
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.formats import CacheFormat, format_of
 
-__all__ = ["attention_features", "check_write", "checked_window"]
+__all__ = ["attention_features", "check_tree_mask", "check_write", "checked_window"]
 
 MAX_BLOCK_SIZE = 256
 MAX_HEAD_DIM = 1024
-INDEX_DTYPES = (torch.int32,)
+# A side of a window that reaches this far is as good as open, and would overflow a position in int32.
+WIDEST_WINDOW = 2**30
 
 
 def checked_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -25,8 +26,16 @@ def checked_window(window: tuple[int | None, int | None] | None) -> tuple[int, i
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
             raise AttentionArgumentError(f"a side of window must be a whole number of keys or None, found {side!r}")
-    left, right = window
-    return -1 if left is None else left, -1 if right is None else right
+    left, right = (-1 if side is None or side >= WIDEST_WINDOW else side for side in window)
+    return left, right
+
+
+def check_tree_mask(tree_mask: Tensor, max_query_len: int) -> None:
+    """Raise AttentionArgumentError unless a row has a bit for every query token of the longest sequence. O(1)."""
+    if tree_mask.shape[1] * 32 < max_query_len:
+        raise AttentionArgumentError(
+            f"tree_mask has {tree_mask.shape[1]} words of 32 bits, but a sequence has {max_query_len} query tokens"
+        )
 
 
 def attention_features(

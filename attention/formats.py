@@ -89,7 +89,7 @@ def dequantize(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     if cache_format is CacheFormat.INT4:
         nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(dtype)
         group_size = nibbles.shape[-1] // scale.shape[-2]
-        grouped = nibbles.view(*nibbles.shape[:-1], -1, group_size)
+        grouped = nibbles.view(*nibbles.shape[:-1], scale.shape[-2], group_size)
         return torch.flatten(grouped * scale[..., :1] + scale[..., 1:], -2)
     if scale.ndim == 0:
         return codes.to(dtype) * scale
@@ -121,7 +121,8 @@ def quantize(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[
 
 
 def _quantize_int4(values: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    grouped = values.reshape(*values.shape[:-1], num_groups, -1)
+    # The size is spelled out: torch cannot infer it where there are no values.
+    grouped = values.reshape(*values.shape[:-1], num_groups, values.shape[-1] // num_groups)
     minimum = grouped.amin(-1).bfloat16()
     step = ((grouped.amax(-1) - minimum.float()) / 15.0).bfloat16()
     safe_step = torch.where(step > 0, step.float(), 1.0)[..., None]

@@ -3,19 +3,66 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 import pagedkv.attention.registration  # noqa: F401 - makes torch know the operators
 from pagedkv.attention.backends import pick_backend
-from pagedkv.attention.checks import attention_features, check_write, checked_window
+from pagedkv.attention.checks import attention_features, check_tree_mask, check_write, checked_window
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.step_plan import AttentionPlan
 
 __all__ = ["paged_attention", "write_kv"]
 
 
+@overload
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    tree_mask: Tensor | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    plan: AttentionPlan | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    tree_mask: Tensor | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[True],
+    plan: AttentionPlan | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -92,6 +139,8 @@ def paged_attention(
         raise AttentionArgumentError(f"softcap must be above 0, or None, found {softcap}")
     if plan is not None:
         _check_plan(plan, query, key_cache, seq_lens, causal, (left, right), backend)
+        if tree_mask is not None:
+            check_tree_mask(tree_mask, plan.max_query_len)
         backend = plan.backend
     chosen = pick_backend(features, backend)
     if out is None:

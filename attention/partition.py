@@ -53,14 +53,17 @@ def make_plan(
     heads_per_kv_head: int,
     causal: bool,
     window: tuple[int, int],
+    fixed_size: bool = False,
 ) -> tuple[Int32s, Int32s, PlanCounts]:
     """Cut a ragged batch into tasks of about equal length.
 
     Keys of all sequences are cut into splits of one common length, chosen so that there are about
     num_workers * tasks_per_worker of them: a sequence of ten times the length gets ten times the splits. At most
-    that many tasks plus one per sequence and query tile come out. O(num_seqs + num_tasks), in numpy.
+    that many tasks plus one per sequence and query tile come out; with `fixed_size` exactly that many, the rest of them
+    empty, whatever the lengths are. O(num_seqs + num_tasks), in numpy.
     """
-    num_queries = np.diff(query_start_loc)
+    # numpy.diff takes three times as long, which counts here.
+    num_queries = query_start_loc[1:] - query_start_loc[:-1]
     num_rows = num_queries * heads_per_kv_head
     is_decode = num_rows <= partition.max_decode_rows
     if num_queries.all():
@@ -68,16 +71,32 @@ def make_plan(
     else:
         decode_idx = (is_decode & (num_queries > 0)).nonzero()[0]
     batch = (query_start_loc[:-1], num_queries, seq_lens)
-    tiles = _tiles(batch, decode_idx, None, causal, window)
-    tasks, merges, num_partial_tokens = _split(tiles, partition, 0)
-    num_decode_tasks = tasks.shape[1]
+    parts = [_tiles(batch, decode_idx, None, causal, window)]
     if decode_idx is not None and not is_decode.all():
-        tiles = _tiles(batch, (~is_decode).nonzero()[0], partition.query_tile, causal, window)
-        prefill_tasks, prefill_merges, num_partial_tokens = _split(tiles, partition, num_partial_tokens)
-        tasks = np.concatenate((tasks, prefill_tasks), axis=1)
-        merges = np.concatenate((merges, prefill_merges), axis=1)
+        parts.append(_tiles(batch, (~is_decode).nonzero()[0], partition.query_tile, causal, window))
+    all_tasks, all_merges, num_partial_tokens = [], [], 0
+    for tiles in parts:
+        first_partial = num_partial_tokens
+        tasks, merges, num_partial_tokens = _split(tiles, partition, first_partial)
+        if fixed_size:
+            most_tasks = tiles.shape[1] + partition.num_workers * partition.tasks_per_worker
+            most_tokens = int((tiles[2] - tiles[1]).max(initial=0))
+            tasks, merges = _padded(tasks, most_tasks), _padded(merges, tiles.shape[1])
+            num_partial_tokens = first_partial + most_tasks * most_tokens
+        all_tasks.append(tasks)
+        all_merges.append(merges)
+    num_decode_tasks = all_tasks[0].shape[1]
+    if len(parts) > 1:
+        tasks, merges = np.concatenate(all_tasks, axis=1), np.concatenate(all_merges, axis=1)
     counts = PlanCounts(num_decode_tasks, tasks.shape[1] - num_decode_tasks, merges.shape[1], num_partial_tokens)
     return tasks, merges, counts
+
+
+def _padded(columns: Int32s, width: int) -> Int32s:
+    """Zeros behind the last column: a task or a merge of no query tokens."""
+    padded = np.zeros((len(columns), width), np.int32)
+    padded[:, : columns.shape[1]] = columns
+    return padded
 
 
 def _tiles(
@@ -145,19 +164,29 @@ def _split(tiles: Int32s, partition: Partition, partial_idx: int) -> tuple[Int32
         return tasks, np.empty((4, 0), np.int32), partial_idx
     num_splits = np.maximum((num_keys + (length - 1)) // length, 1)
     is_split = num_splits > 1
+    ends = num_splits.cumsum()
+    firsts = ends - num_splits
     num_tokens = tiles[2] - tiles[1]
-    sizes = num_tokens * (num_splits * is_split)
+    # What each task of a tile has more than the one before it: `length` keys, and so many partial results.
+    num_partials = num_tokens * is_split
+    sizes = num_partials * num_splits
     partial_ends = sizes.cumsum() + partial_idx
     partial_starts = partial_ends - sizes
-    tile_idx, split_idx = _repetitions(num_splits)
-    tasks = np.empty((6, len(tile_idx)), np.int32)
-    np.take(tiles, tile_idx, axis=1, out=tasks[:5], mode="clip")
-    tasks[3] += split_idx * length
-    np.minimum(tasks[3] + length, tasks[4], out=tasks[4])
-    tasks[5] = np.where(is_split, partial_starts, -1)[tile_idx]
-    tasks[5] += split_idx * (num_tokens * is_split)[tile_idx]
-    merges = np.empty((4, int(is_split.sum())), np.int32)
-    merges[:2] = tiles[1:3, is_split]
-    merges[2] = partial_starts[is_split]
-    merges[3] = num_splits[is_split]
-    return tasks, merges, int(partial_ends[-1])
+    # A tile's first task is its nth of all tasks: `nth * step` is taken off here and comes back below, for all at once.
+    origins = np.empty((7, len(num_splits)), np.int64)
+    origins[:5] = tiles
+    origins[3] -= firsts * length
+    origins[5] = np.where(is_split, partial_starts - firsts * num_partials, -1)
+    origins[6] = num_partials
+    num_tasks = int(ends[-1])
+    wide_tasks = origins.repeat(num_splits, axis=1)
+    nth = np.arange(num_tasks)
+    wide_tasks[3] += nth * length
+    np.minimum(wide_tasks[3] + length, wide_tasks[4], out=wide_tasks[4])
+    wide_tasks[5] += nth * wide_tasks[6]
+    split_tiles = is_split.nonzero()[0]
+    merges = np.empty((4, len(split_tiles)), np.int32)
+    merges[:2] = tiles[1:3].take(split_tiles, axis=1)
+    merges[2] = partial_starts[split_tiles]
+    merges[3] = num_splits[split_tiles]
+    return wide_tasks[:6].astype(np.int32), merges, int(partial_ends[-1])

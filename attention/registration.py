@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pagedkv.attention.backends import backend_named
 from pagedkv.attention.call import AttentionCall, WriteCall
+from pagedkv.attention.checks import check_tree_mask
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import PlanCounts, make_plan
 from pagedkv.attention.step_plan import check_block_tables, check_lengths
@@ -55,6 +56,8 @@ def _run_attention(
     if tasks is None or merges is None:
         lengths, starts = seq_lens.numpy(force=True), query_start_loc.numpy(force=True)
         check_lengths(lengths, starts, query.shape[0])
+        if tree_mask is not None:
+            check_tree_mask(tree_mask, int((starts[1:] - starts[:-1]).max(initial=0)))
         check_block_tables(
             block_tables.numpy(force=True),
             lengths,

@@ -34,10 +34,32 @@ class AttentionPlan:
     counts: PlanCounts
     num_seqs: int
     num_tokens: int
+    max_query_len: int
     heads: tuple[int, int]
     causal: bool
     window: tuple[int, int]
     backend: str
+
+    def take_over(self, other: AttentionPlan) -> None:
+        """Become the plan of another step in place: the tensors that a captured CUDA graph reads get `other`'s tasks.
+
+        Both must be of `fixed_size`, for as many sequences with as many query tokens each. Raises AttentionArgumentError,
+        with nothing changed, if they differ in anything but their tasks.
+        """
+        mine = (self.counts, self.num_seqs, self.num_tokens, self.max_query_len, self.heads, self.causal, self.window)
+        others = (
+            other.counts,
+            other.num_seqs,
+            other.num_tokens,
+            other.max_query_len,
+            other.heads,
+            other.causal,
+            other.window,
+        )
+        if mine != others or self.backend != other.backend or self.tasks.shape != other.tasks.shape:
+            raise AttentionArgumentError(f"a plan of {mine} cannot take over one of {others}: were both of fixed_size?")
+        self.tasks.copy_(other.tasks)
+        self.merges.copy_(other.merges)
 
 
 def plan(
@@ -53,12 +75,15 @@ def plan(
     block_size: int | None = None,
     device: torch.device | str = "cpu",
     backend: str | None = None,
+    fixed_size: bool = False,
 ) -> AttentionPlan:
     """Divide the work of one step among the device's workers: once per step, for all layers that look alike.
 
     seq_lens, query_start_loc: as in `paged_attention`, best as numpy arrays, which the host has anyway
     block_tables, num_blocks, block_size: given together, the entries that a query may read are checked; left out, the
         range check is off, and an entry out of range reads foreign memory
+    fixed_size: as many tasks as any lengths can need, empty ones among them, so that `take_over` can renew the plan of a
+        captured CUDA graph
 
     Raises AttentionArgumentError on lengths that are no batch's and on table entries out of range. O(seqs + tasks).
     """
@@ -81,6 +106,7 @@ def plan(
         heads_per_kv_head=num_q_heads // num_kv_heads,
         causal=causal,
         window=sides,
+        fixed_size=fixed_size,
     )
     return AttentionPlan(
         tasks=torch.from_numpy(tasks).to(device),
@@ -88,6 +114,7 @@ def plan(
         counts=counts,
         num_seqs=len(lengths),
         num_tokens=int(starts[-1]),
+        max_query_len=int((starts[1:] - starts[:-1]).max(initial=0)),
         heads=(num_q_heads, num_kv_heads),
         causal=causal,
         window=sides,
@@ -111,7 +138,7 @@ def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | N
         )
     if len(seq_lens) and int(seq_lens.min()) < 0:
         raise AttentionArgumentError(f"seq_lens must not be negative, found {int(seq_lens.min())}")
-    if int(query_start_loc[0]) != 0 or (len(seq_lens) and int(np.diff(query_start_loc).min()) < 0):
+    if int(query_start_loc[0]) != 0 or (query_start_loc[1:] < query_start_loc[:-1]).any():
         raise AttentionArgumentError("query_start_loc must start with 0 and never fall")
     if num_tokens is not None and int(query_start_loc[-1]) != num_tokens:
         raise AttentionArgumentError(
@@ -142,11 +169,15 @@ def check_block_tables(
             f"sequence {seq_idx} has {int(lengths[seq_idx])} tokens and needs {int(num_used[seq_idx])} blocks of "
             f"{block_size}, but block_tables has {block_tables.shape[1]} columns"
         )
+    # Viewed as unsigned, a negative id is a large one: one comparison finds both.
+    entries = block_tables.view(np.uint32)
+    if not entries.size or int(entries.max()) < num_blocks:
+        # The usual case, at a sixth of the cost: unused entries hold old ids, or zeros.
+        return
     first_used = np.maximum(lengths - num_queries - window_left, 0) // block_size if window_left >= 0 else 0
     columns = np.arange(block_tables.shape[1])
     is_used = (columns < num_used[:, None]) & (columns >= np.reshape(first_used, (-1, 1)))
-    # Viewed as unsigned, a negative id is a large one: one comparison finds both.
-    is_wrong = is_used & (block_tables.view(np.uint32) >= num_blocks)
+    is_wrong = is_used & (entries >= num_blocks)
     if is_wrong.any():
         seq_idx, column = (int(i) for i in np.argwhere(is_wrong)[0])
         raise AttentionArgumentError(
