@@ -208,10 +208,8 @@ def _vllm_library(folder: Path | None) -> Path | None:
             return None
         folder = Path(spec.origin).parents[1]
     # The choice that vllm/platforms/cpu.py makes.
-    if not torch.cpu._is_avx512_supported():
-        name = "_C_AVX2"
-    else:
-        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    with_avx512 = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    name = with_avx512 if torch.cpu._is_avx512_supported() else "_C_AVX2"
     library = folder / "vllm" / f"{name}.abi3.so"
     return library if library.exists() else None
 

@@ -5,7 +5,6 @@ Nearly all of the time goes into compiling kernels, one for each combination: he
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -21,8 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "attention")
 from agreement import check
 from batches import DTYPES, FORMATS, Batch, Write
 
-from pagedkv.attention import paged_attention, write_kv
-from pagedkv.attention.partition import PlanCounts
+from pagedkv.attention import paged_attention, plan, write_kv
 
 __all__ = ["check_all", "pool"]
 
@@ -129,30 +127,29 @@ def wrong_addresses() -> str | None:
 
 
 def wrong_graph() -> str | None:
-    """A padded plan, captured in a graph and replayed with other numbers in the query."""
+    """A step captured in a graph and replayed for a later one: other queries, shorter sequences, the plan taken over."""
     batch = Batch(LENS, dtype="bfloat16", num_kv_heads=2, group=4, head_dim=128, value_dim=128)
-    made, tensors = batch.plan("triton", device="cuda"), dict(batch.tensors("cuda"))
-    counts = made.counts
-    num_tasks = (counts.num_decode_tasks, counts.num_prefill_tasks)
-    gap = made.tasks.new_zeros(6, 3)
-    decodes, prefills = made.tasks.split(num_tasks, dim=1)
-    padded = dataclasses.replace(
-        made,
-        tasks=torch.cat((decodes, gap, prefills, gap), 1),
-        merges=torch.cat((made.merges, made.merges.new_zeros(4, 5)), 1),
-        counts=PlanCounts(num_tasks[0] + 3, num_tasks[1] + 3, counts.num_merges + 5, counts.num_partial_tokens),
+    tensors = dict(batch.tensors("cuda"))
+    starts = batch.tensors()["query_start_loc"].numpy()
+    made, later = (
+        plan(lengths, starts, num_q_heads=8, num_kv_heads=2, device="cuda", backend="triton", fixed_size=True)
+        for lengths in (batch.tensors()["seq_lens"].numpy(), batch.tensors()["seq_lens"].numpy() // 2)
     )
-    tensors["query"] = tensors["query"].clone()
-    tensors["out"] = torch.empty_like(tensors["query"])
-    paged_attention(**tensors, plan=padded)
+    for name in ("query", "seq_lens"):
+        tensors[name] = tensors[name].clone()
+    out = torch.empty_like(tensors["query"])
+    paged_attention(**tensors, out=out, plan=made)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        paged_attention(**tensors, plan=padded)
+        paged_attention(**tensors, out=out, plan=made)
     tensors["query"].mul_(-1.5)
+    tensors["seq_lens"].floor_divide_(2)
+    made.take_over(later)
+    out.fill_(torch.nan)
     graph.replay()
-    got = tensors.pop("out")
-    wanted = paged_attention(**tensors, plan=made)
-    return None if torch.equal(got, wanted) else "a replayed graph with a padded plan gives other results"
+    wanted = paged_attention(**tensors, plan=later)
+    assert isinstance(wanted, torch.Tensor)
+    return None if torch.equal(out, wanted) else "a replayed graph gives other results than the same step without one"
 
 
 def pool() -> ProcessPoolExecutor:

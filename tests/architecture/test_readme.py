@@ -25,6 +25,14 @@ def test_the_embedding_example_prints_what_the_readme_shows(tmp_path: Path) -> N
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
 
 
+def test_the_attention_example_prints_what_its_page_says(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention.md").read_text(), re.DOTALL)[0]
+    shown = re.findall(r"# (\(.*\))$", code, re.MULTILINE)
+
+    assert python(code, tmp_path).splitlines() == shown
+    assert shown
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_runs(tmp_path: Path, path: Path) -> None:
     assert subprocess.run([sys.executable, str(path)], capture_output=True, cwd=tmp_path, check=True).stderr == b""

@@ -30,7 +30,8 @@ def check(batch: Batch, out: Tensor, lse: Tensor) -> None:
     - its result is rounded to the output's dtype, and so are its weights before they meet the values, each half a unit
       in the last place: together eps * max |out|;
     - its scores are rounded in float32, of which a dot product of up to 256 terms and an exponential each leave a few
-      units: 16 * eps32 * max |score|, relative to the values.
+      units: 16 * eps32 * max |score|, relative to the values;
+    - numbers of a quantised cache may be rounded to the query's dtype before they meet it: eps / 2 * max |score|.
     """
     truth, truth_lse = batch.truth()
     plain, plain_lse = plain_attention(batch)
@@ -43,7 +44,10 @@ def check(batch: Batch, out: Tensor, lse: Tensor) -> None:
     assert not out.isnan().any(), "NaN in the output"
     computed = torch.finfo(torch.float64 if batch.dtype == "float64" else torch.float32).eps
     # Of any score the LSE is an upper bound, and unlike scores it is at hand.
-    rounding = 16 * computed * max(1.0, worst(truth_lse[~is_blind]) + 8 * batch.query_scale)
+    highest = worst(truth_lse[~is_blind])
+    rounding = 16 * computed * max(1.0, highest + 8 * batch.query_scale)
+    if batch.cache != "float":
+        rounding += torch.finfo(batch.torch_dtype).eps / 2 * max(1.0, highest)
     out_floor = torch.finfo(batch.torch_dtype).eps * worst(truth) + rounding * max(1.0, worst(truth))
     out_error, plain_error = worst(out - truth), worst(plain.double() - truth)
     assert out_error <= 2 * plain_error + out_floor, (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -109,20 +107,24 @@ def test_splits_merge_to_the_same(more: dict[str, object], has_decodes: bool) ->
     assert made.counts.num_merges > 0
 
 
-def test_a_plan_padded_with_zeros_gives_the_same_and_touches_nothing_else() -> None:
-    batch = Batch(lens=((1, 50), (7, 33)), group=2, head_dim=16, value_dim=16, out="given")
-    made = batch.plan("triton")
-    decodes, prefills = made.tasks.split([made.counts.num_decode_tasks, made.counts.num_prefill_tasks], dim=1)
-    gap = torch.zeros(6, 5, dtype=torch.int32)
-    merges = torch.cat((made.merges, torch.zeros(4, 3, dtype=torch.int32)), dim=1)
-    counts = PlanCounts(
-        decodes.shape[1] + 5, prefills.shape[1] + 5, merges.shape[1], made.counts.num_partial_tokens + 7
+def test_a_plan_of_fixed_size_gives_the_same_and_touches_nothing_else() -> None:
+    batch = Batch(lens=((1, 50), (1, 3), (20, 47)), group=2, head_dim=16, value_dim=16, out="given")
+    tensors = batch.tensors()
+    padded = plan(
+        tensors["seq_lens"].numpy(),
+        tensors["query_start_loc"].numpy(),
+        num_q_heads=2,
+        num_kv_heads=1,
+        backend="triton",
+        fixed_size=True,
     )
-    padded = dataclasses.replace(made, tasks=torch.cat((decodes, gap, prefills, gap), 1), merges=merges, counts=counts)
 
     out, lse = batch.call("triton", plan=padded)
 
-    wanted, wanted_lse = batch.call("triton", plan=made)
+    exact = batch.plan("triton")
+    assert padded.counts.num_decode_tasks > exact.counts.num_decode_tasks
+    assert padded.counts.num_merges > exact.counts.num_merges > 0
+    wanted, wanted_lse = batch.call("triton", plan=exact)
     assert torch.equal(out, wanted)
     assert torch.equal(lse, wanted_lse)
 

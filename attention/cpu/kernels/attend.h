@@ -74,8 +74,7 @@ static void TARGET NAME(fetch_scales)(const struct attention_call *call, const s
     int64_t bytes = call->format == FORMAT_INT8 ? 4 : 2;
     int64_t first = block * cache->scale_block_stride + slot * cache->scale_slot_stride;
     int64_t end = first + (num_keys < call->block_size - slot ? num_keys : call->block_size - slot) * cache->scale_slot_stride;
-    for (const char *at = (const char *)cache->scale + first * bytes; at < (const char *)cache->scale + end * bytes; at += 64)
-        __builtin_prefetch(at, 0, AHEAD);
+    NAME(fetch)((const char *)cache->scale + first * bytes, (int)((end - first) * bytes));
 }
 
 /* Where channel 0 of head 0 lies for each key of a tile. */
@@ -147,12 +146,14 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
 }
 
 /* Keys as columns: words[panel][word][key in panel], panels of GEMM_VECTORS * LANES keys, padded with zeros. */
-static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num_words, const float *zeros, float *to) {
+static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num_words, const float *zeros, float *to,
+                                  const char *const *ahead, int ahead_bytes) {
     const int panel = GEMM_VECTORS * LANES;
     for (int first = 0; first < num_keys; first += panel)
         for (int part = 0; part < panel; part += LANES) {
             const char *rows[LANES];
             float *column = to + (int64_t)first * num_words + part;
+            for (int i = 0; i < LANES && first + part + i < num_keys; i++) NAME(fetch)(ahead[first + part + i], ahead_bytes);
             for (int i = 0; i < LANES; i++)
                 rows[i] = first + part + i < num_keys ? keys[first + part + i] : (const char *)zeros;
 #if LANES == 16
@@ -184,22 +185,22 @@ static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num
 }
 
 /* Values as the right side of a product: row k holds value k; or, of pairs, values 2k and 2k + 1 interleaved. */
-static void TARGET NAME(lay_values)(const char *const *values, int num_keys, int num_words, const float *zeros, float *to) {
+static void TARGET NAME(lay_values)(const char *const *values, int num_keys, int num_words, float *to,
+                                    const char *const *ahead, int ahead_bytes) {
+    for (int k = 0; k < num_keys; k += PER_WORD) {
+        float *row = to + (int64_t)k * num_words;
+        for (int i = 0; i < PER_WORD; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
 #if PER_WORD == 2
-    /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
-    for (int k = 0; k < num_keys; k += 2) {
-        const char *even = values[k], *odd = k + 1 < num_keys ? values[k + 1] : (const char *)zeros;
-        float *row = to + (int64_t)(k / 2) * num_words * 2;
+        /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
         for (int w = 0; w < num_words; w += 16) {
-            __m512i a = (__m512i)NAME(load_words)(even, w), b = (__m512i)NAME(load_words)(odd, w);
+            __m512i a = (__m512i)NAME(load_words)(values[k], w), b = (__m512i)NAME(load_words)(values[k + 1], w);
             _mm512_storeu_si512(row + 2 * w, _mm512_unpacklo_epi16(a, b));
             _mm512_storeu_si512(row + 2 * w + 16, _mm512_unpackhi_epi16(a, b));
         }
-    }
 #else
-    (void)zeros;
-    for (int k = 0; k < num_keys; k++) memcpy(to + (int64_t)k * num_words, values[k], num_words * sizeof(float));
+        memcpy(row, values[k], num_words * sizeof(float));
 #endif
+    }
 }
 
 /* Which column of `sums` holds channel d. */
@@ -327,8 +328,8 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             if (!(s->value_scales[i] <= s->largest_value_scale)) s->largest_value_scale = s->value_scales[i];
     }
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
-    if (task->is_few) NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
-    if (!task->is_few) NAME(lay_keys)(keys, num_keys, task->key_words, s->zeros, s->key_columns);
+    NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
+    if (!task->is_few) NAME(lay_keys)(keys, num_keys, task->key_words, s->zeros, s->key_columns, ahead, value_bytes);
     int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
         int num_rows = task->rows - r < ROW_BLOCK ? task->rows - r : ROW_BLOCK;
@@ -367,16 +368,16 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
                                      s->highest + row_base + r + i, s->total + row_base + r + i, weight + i);
         }
         if (!are_values_ready) {
+            int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
                                 s->value_rows, values);
             values[num_keys] = (const char *)s->zeros;
-            if (!task->is_few) NAME(lay_values)(values, num_keys, task->value_words, s->zeros, s->value_tile);
+            NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
+                             is_last ? num_next : num_keys, num_keys, ahead);
+            if (!task->is_few) NAME(lay_values)(values, num_keys, task->value_words, s->value_tile, ahead, key_bytes);
             are_values_ready = 1;
         }
         if (task->is_few) {
-            int is_last = kv_head + 1 == task->end_head;
-            NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
-                             is_last ? num_next : num_keys, num_keys, ahead);
             for (int i = num_rows; i % DOT_ROWS; i++) shrink[i] = weight[i] = 0.0f;
             NAME(weigh_rows)(s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink, weight, ahead, key_bytes);
         } else {

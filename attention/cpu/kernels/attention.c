@@ -21,14 +21,9 @@ typedef int32_t int32_alias __attribute__((may_alias));
 
 #define MAX_DIM 1024
 #define MAX_FEW_ROWS 16
-#ifndef FEW_TILE
-#define FEW_TILE 48 /* keys of a tile that few rows read in place */
-#endif
+#define FEW_TILE 48 /* keys of a tile that few rows read in place; 32 to 128 differ by 5 % */
 #define KEY_TILE 128    /* keys of a tile that is laid out for many rows */
 #define ROW_BLOCK 48 /* rows whose scores stay in the first-level cache */
-#ifndef AHEAD
-#define AHEAD 2
-#endif
 #define MAX_THREADS 255
 #define MIN_ELEMENTS_WRITTEN 65536 /* fewer are not worth another thread */
 

@@ -9,15 +9,19 @@
 #define IS_INTEGER 0
 #endif
 
+/* Starts fetching a row that is needed soon, into the second-level cache: the first would have to hold a tile of keys and
+   of values at once, and processors allow fewer such fetches at a time. */
+INLINE void NAME(fetch)(const char *row, int bytes) {
+    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+}
+
 /* scores[r * stride + k] = query row r . key k, for a few rows. Rows are padded to DOT_ROWS, keys to DOT_KEYS; the words
    of a row to LANES. Keys are read in place, each once for DOT_ROWS rows;
    meanwhile the rows at `ahead`, which are needed next, are fetched: blocks lie anywhere, and no processor guesses where. */
 static void TARGET NAME(dot_rows)(const float *query, int num_rows, int num_words, const char *const *keys, int num_keys,
                                   float *scores, int stride, const char *const *ahead, int ahead_bytes) {
     for (int k = 0; k < num_keys; k += DOT_KEYS) {
-        if (ahead)
-            for (int i = 0; i < DOT_KEYS; i++)
-                for (int b = 0; b < ahead_bytes; b += 64) __builtin_prefetch(ahead[k + i] + b, 0, AHEAD);
+        for (int i = 0; i < DOT_KEYS; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
         for (int r = 0; r < num_rows; r += DOT_ROWS) {
             vf sums[LANES];
             for (int i = 0; i < LANES; i++) sums[i] = (vf){0};
@@ -48,8 +52,7 @@ INLINE void NAME(weigh_chunk)(int vectors, const float *weights, int stride, con
             sums[j][v] = IS_INTEGER ? (vf){0} : NAME(load)(to + j * to_stride + v * LANES) * factor[j];
     for (int k = 0; k < num_keys; k += PER_WORD) {
         if (ahead)
-            for (int i = 0; i < PER_WORD; i++)
-                for (int b = 0; b < ahead_bytes; b += 64) __builtin_prefetch(ahead[k + i] + b, 0, AHEAD);
+            for (int i = 0; i < PER_WORD; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
         vf column[4];
 #if PER_WORD == 2
         for (int v = 0; v < vectors; v += 2) {
