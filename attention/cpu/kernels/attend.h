@@ -140,6 +140,12 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
         int slot = (first_key + i) % block_size;
         const float *scale = (const float *)cache->scale + table[(first_key + i) / block_size] * cache->scale_block_stride +
                              slot * cache->scale_slot_stride + head * cache->scale_head_stride;
+#if LANES == 16
+        const __m512i apart = _mm512_mullo_epi32((__m512i)NAME(lane_numbers)(), _mm512_set1_epi32((int)cache->scale_slot_stride));
+        const int is_near = cache->scale_slot_stride < 1 << 26; /* fifteen steps fit an int32 */
+        for (; is_near && slot + 16 <= block_size && i + 16 <= num_keys; slot += 16, i += 16, scale += 16 * cache->scale_slot_stride)
+            _mm512_storeu_ps(to + i, _mm512_i32gather_ps(apart, scale, 4));
+#endif
         for (; slot < block_size && i < num_keys; slot++, i++, scale += cache->scale_slot_stride) to[i] = *scale;
     }
     for (int i = num_keys; i % LANES; i++) to[i] = 0.0f;
