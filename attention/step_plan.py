@@ -82,6 +82,7 @@ def plan(
     seq_lens, query_start_loc: as in `paged_attention`, best as numpy arrays, which the host has anyway
     block_tables, num_blocks, block_size: given together, the entries that a query may read are checked; left out, the
         range check is off, and an entry out of range reads foreign memory
+    backend: the one that will be asked; None takes the first that runs on the device, before the call's features are known
     fixed_size: as many tasks as any lengths can need, empty ones among them, so that `take_over` can renew the plan of a
         captured CUDA graph
 

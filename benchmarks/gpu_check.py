@@ -145,8 +145,18 @@ def plan_rows(_: dict[str, float]) -> list[Row]:
     return [row]
 
 
-# Further sections (copies between host and device, say) go here: a name, and what gives its rows for the run's limits.
-MORE_SECTIONS: list[Section] = [("plan", plan_rows)]
+def swap_section(_: dict[str, float]) -> list[Row]:
+    """Swaps of 1,000 scattered blocks between host and device, against one large pinned copy."""
+    from bench_swap import swap_rows
+
+    rows = swap_rows("cuda")
+    for row in rows:
+        print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+# Sections that are no lists of cases: a name, and what gives their rows for the run's limits.
+MORE_SECTIONS: list[Section] = [("plan", plan_rows), ("swap", swap_section)]
 
 
 def sweep(workers: ProcessPoolExecutor) -> list[Row]:

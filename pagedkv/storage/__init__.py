@@ -4,15 +4,12 @@ The one part of the core that needs torch; `pagedkv.kv_spec` computes sizes with
 """
 
 try:
-    # Asked for here, so that their absence is told in one sentence.
-    import safetensors  # noqa: F401
+    # Asked for here, so that its absence is told in one sentence.
     import torch  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name not in ("torch", "safetensors"):
+    if error.name != "torch":
         raise
-    raise ModuleNotFoundError(
-        f"pagedkv.storage needs {error.name}: pip install 'pagedkv[torch]'", name=error.name
-    ) from None
+    raise ModuleNotFoundError("pagedkv.storage needs torch: pip install 'pagedkv[torch]'", name="torch") from None
 
 from pagedkv.kv_spec import KVSpec
 from pagedkv.storage.files import SavedBlocks, read_saved

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pagedkv.arrays import as_int, cdiv
@@ -48,6 +46,7 @@ def write_file(
     metadata: dict[str, str],
 ) -> None:
     """Write blocks, (n, spec.bytes_per_block) uint8, which are cleared behind the last token. See `save_blocks`."""
+    _need_safetensors()
     _check_metadata(metadata)
     num_blocks = len(content)
     most = num_blocks * spec.block_size
@@ -85,6 +84,18 @@ def read_saved(path: str | os.PathLike[str], spec: KVSpec, *, layout: Layout = "
     """How many blocks to take for a file. Checks all but the digest. Raises SavedBlocksError or OSError. O(header)."""
     with _opened(Path(path)) as file:
         return _checked_header(file, Path(path), spec, layout)[0]
+
+
+def _need_safetensors() -> None:
+    """Only files need it: tensors are held and moved without."""
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            "saved blocks need safetensors: pip install 'pagedkv[torch]'", name="safetensors"
+        ) from None
 
 
 def _identity(spec: KVSpec, layout: Layout) -> dict[str, str]:
@@ -127,6 +138,8 @@ def _digest(header: Mapping[str, str], content: Tensor) -> str:
 
 
 def _write(path: Path, content: Tensor, header: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     part = Path(name)
     try:
@@ -146,6 +159,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
     Its handle has no type of its own.
     """
+    _need_safetensors()
+    from safetensors import SafetensorError, safe_open
+
     if path.exists() and not path.is_file():
         raise SavedBlocksError(f"{path} is no file")
     try:

@@ -146,11 +146,21 @@ def test_sizes_are_computed_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("missing", ["torch", "safetensors"])
-def test_without_its_libraries_storage_says_which_extra_it_needs(missing: str) -> None:
-    code = f"import sys; sys.modules['{missing}'] = None; import pagedkv.storage"
+@pytest.mark.parametrize(
+    ("missing", "use", "what"),
+    [
+        ("torch", "import pagedkv.storage", "pagedkv.storage needs torch"),
+        (
+            "safetensors",
+            "from pagedkv.storage import KVSpec, read_saved; read_saved('file', KVSpec(1, 1, 8))",
+            "saved blocks need safetensors",
+        ),
+    ],
+)
+def test_without_a_library_what_needs_it_says_which_extra_to_install(missing: str, use: str, what: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; {use}"
 
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
     last_line = result.stderr.strip().splitlines()[-1]
-    assert last_line == f"ModuleNotFoundError: pagedkv.storage needs {missing}: pip install 'pagedkv[torch]'"
+    assert last_line == f"ModuleNotFoundError: {what}: pip install 'pagedkv[torch]'"
