@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytes
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(storage_files, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="the disk is full"):
         filled(small_spec(), 1).save_blocks(tmp_path / "a", ids(0))
 
