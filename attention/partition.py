@@ -71,23 +71,24 @@ def make_plan(
     else:
         decode_idx = (is_decode & (num_queries > 0)).nonzero()[0]
     batch = (query_start_loc[:-1], num_queries, seq_lens)
-    parts = [_tiles(batch, decode_idx, None, causal, window)]
+    tiles = _tiles(batch, decode_idx, None, causal, window)
+    num_decode_tiles = tiles.shape[1]
     if decode_idx is not None and not is_decode.all():
-        parts.append(_tiles(batch, (~is_decode).nonzero()[0], partition.query_tile, causal, window))
-    all_tasks, all_merges, num_partial_tokens = [], [], 0
-    for tiles in parts:
-        first_partial = num_partial_tokens
-        tasks, merges, num_partial_tokens = _split(tiles, partition, first_partial)
-        if fixed_size:
-            most_tasks = tiles.shape[1] + partition.num_workers * partition.tasks_per_worker
-            most_tokens = int((tiles[2] - tiles[1]).max(initial=0))
-            tasks, merges = _padded(tasks, most_tasks), _padded(merges, tiles.shape[1])
-            num_partial_tokens = first_partial + most_tasks * most_tokens
-        all_tasks.append(tasks)
-        all_merges.append(merges)
-    num_decode_tasks = all_tasks[0].shape[1]
-    if len(parts) > 1:
-        tasks, merges = np.concatenate(all_tasks, axis=1), np.concatenate(all_merges, axis=1)
+        prefill_tiles = _tiles(batch, (~is_decode).nonzero()[0], partition.query_tile, causal, window)
+        tiles = np.concatenate((tiles, prefill_tiles), axis=1)
+    tasks, merges, num_decode_tasks, num_partial_tokens = _split(tiles, num_decode_tiles, partition)
+    if fixed_size:
+        num_spare = partition.num_workers * partition.tasks_per_worker
+        num_prefill_tiles = tiles.shape[1] - num_decode_tiles
+        num_tokens = tiles[2] - tiles[1]
+        most_decodes = num_decode_tiles + num_spare
+        most_prefills = num_prefill_tiles + num_spare if num_prefill_tiles else 0
+        decodes = _padded(tasks[:, :num_decode_tasks], most_decodes)
+        prefills = _padded(tasks[:, num_decode_tasks:], most_prefills)
+        tasks, merges = np.concatenate((decodes, prefills), axis=1), _padded(merges, tiles.shape[1])
+        num_decode_tasks = most_decodes
+        num_partial_tokens = most_decodes * int(num_tokens[:num_decode_tiles].max(initial=0))
+        num_partial_tokens += most_prefills * int(num_tokens[num_decode_tiles:].max(initial=0))
     counts = PlanCounts(num_decode_tasks, tasks.shape[1] - num_decode_tasks, merges.shape[1], num_partial_tokens)
     return tasks, merges, counts
 
@@ -151,17 +152,20 @@ def _repetitions(counts: Int32s) -> tuple[Int64s, Int64s]:
     return which, np.arange(len(which)) - (ends - counts)[which]
 
 
-def _split(tiles: Int32s, partition: Partition, partial_idx: int) -> tuple[Int32s, Int32s, int]:
-    """Cut the keys of tiles into tasks; the merges they need; and the next free partial index."""
+def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[Int32s, Int32s, int, int]:
+    """Cut the keys of tiles into tasks: these, the merges they need, how many are decodes, and the partial tokens."""
     num_keys = tiles[4] - tiles[3]
     target = partition.num_workers * partition.tasks_per_worker
     granules = -(-int(num_keys.sum(dtype=np.int64)) // (target * partition.min_split))
     length = max(granules, 1) * partition.min_split
     if not len(num_keys) or int(num_keys.max()) <= length:
+        # Decodes first, and the longest first among each.
+        rank = num_keys * np.int64(-1)
+        rank[num_decode_tiles:] += 2**32
         tasks = np.empty((6, len(num_keys)), np.int32)
-        tasks[:5] = tiles[:, (-num_keys).argsort(kind="stable")]
+        tasks[:5] = tiles[:, rank.argsort(kind="stable")]
         tasks[5] = -1
-        return tasks, np.empty((4, 0), np.int32), partial_idx
+        return tasks, np.empty((4, 0), np.int32), num_decode_tiles, 0
     num_splits = np.maximum((num_keys + (length - 1)) // length, 1)
     is_split = num_splits > 1
     ends = num_splits.cumsum()
@@ -170,7 +174,7 @@ def _split(tiles: Int32s, partition: Partition, partial_idx: int) -> tuple[Int32
     # What each task of a tile has more than the one before it: `length` keys, and so many partial results.
     num_partials = num_tokens * is_split
     sizes = num_partials * num_splits
-    partial_ends = sizes.cumsum() + partial_idx
+    partial_ends = sizes.cumsum()
     partial_starts = partial_ends - sizes
     # A tile's first task is its nth of all tasks: `nth * step` is taken off here and comes back below, for all at once.
     origins = np.empty((7, len(num_splits)), np.int64)
@@ -189,4 +193,5 @@ def _split(tiles: Int32s, partition: Partition, partial_idx: int) -> tuple[Int32
     merges[:2] = tiles[1:3].take(split_tiles, axis=1)
     merges[2] = partial_starts[split_tiles]
     merges[3] = num_splits[split_tiles]
-    return wide_tasks[:6].astype(np.int32), merges, int(partial_ends[-1])
+    num_decode_tasks = int(firsts[num_decode_tiles]) if num_decode_tiles < len(firsts) else num_tasks
+    return wide_tasks[:6].astype(np.int32), merges, num_decode_tasks, int(partial_ends[-1])
