@@ -1,0 +1,87 @@
+/* From products to weights: scale, soft-cap, biases, masks, and the online softmax. Included once per instruction set after
+   task.h. */
+
+/* The keys of a tile that a query token sees are [low, high), but for the tree mask. */
+INLINE void NAME(seen)(const struct NAME(task) *task, int token, int first_key, int num_keys, int *low, int *high) {
+    const struct attention_call *call = task->call;
+    int64_t position = (int64_t)token + task->query_offset;
+    int64_t from = 0, to = num_keys;
+    if (call->window_left >= 0 && position - call->window_left > first_key) from = position - call->window_left - first_key;
+    int64_t right = call->causal ? 0 : call->window_right;
+    if (right >= 0 && position + right + 1 - first_key < to) to = position + right + 1 - first_key;
+    *high = to < 0 ? 0 : (int)to;
+    *low = from > *high ? *high : (int)from;
+}
+
+/* A vector of products becomes scores: soft-cap, ALiBi, and what the tree hides. */
+INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token, int key, int num_left) {
+    const struct attention_call *call = task->call;
+    if (call->softcap > 0.0f) x = call->softcap * NAME(tanh)(x * (1.0f / call->softcap));
+    if (call->alibi_slopes) {
+        vf distance = __builtin_convertvector((int)(key - token - task->query_offset) + NAME(lane_numbers)(), vf);
+        x -= call->alibi_slopes[head] * NAME(select)(distance < 0.0f, -distance, distance);
+    }
+    if (call->tree_mask) {
+        const int32_t *bits = call->tree_mask + token * call->tree_words;
+        int first_draft = task->length - (call->query_start_loc[task->seq + 1] - call->query_start_loc[task->seq]);
+        for (int i = 0; i < LANES && i < num_left; i++) {
+            int draft = key + i - first_draft;
+            if (draft >= 0 && !(bits[draft / 32] >> (draft % 32) & 1)) x[i] = -INFINITY;
+        }
+    }
+    return x;
+}
+
+/* One row of products becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink.
+   `weight`: what one unit of an integer weight stands for. */
+static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys,
+                                 int padded_keys, float factor, float *row, float *highest, float *total, float *weight) {
+    const struct attention_call *call = task->call;
+    const struct NAME(scratch) *s = task->scratch;
+    int low, high;
+    NAME(seen)(task, token, first_key, num_keys, &low, &high);
+    if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
+        factor *= ((const float *)call->key.scale)[(head / task->group) * call->key.scale_head_stride];
+    const int is_int8 = call->format == FORMAT_INT8;
+    const int is_plain = !(call->softcap > 0.0f) && !call->alibi_slopes && !call->tree_mask;
+    const vi lanes = NAME(lane_numbers)();
+    const vf none = (vf){0} - INFINITY;
+    vf largest = none;
+    for (int k = low / LANES * LANES; k < high; k += LANES) {
+        vf x = NAME(load)(row + k) * factor;
+        if (is_int8) x *= NAME(load)(s->key_scales + k);
+        if (!is_plain) x = NAME(biased)(task, x, head, token, first_key + k, high - k);
+        if (k < low || k + LANES > high) x = NAME(select)((lanes >= low - k) & (lanes < high - k), x, none);
+        NAME(store)(row + k, x);
+        largest = NAME(larger)(x, largest);
+    }
+    float before = *highest, tile_highest = NAME(max_lanes)(largest), now = tile_highest > before ? tile_highest : before;
+    *highest = now;
+    float base = now == -INFINITY ? 0.0f : now;
+#ifdef INT16_DOT
+    /* Weights are int16 against the largest that this tile can have, so that tiles without a peak lose nothing. */
+    *weight = expf(tile_highest - base) * s->largest_value_scale / 32767.0f;
+    float per_weight = *weight > 0.0f ? 1.0f / *weight : 0.0f;
+#else
+    (void)weight;
+#endif
+    vf sum = (vf){0};
+    for (int k = 0; k < padded_keys; k += LANES) {
+        vf p = (vf){0};
+        if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
+        sum += p;
+        if (is_int8) p *= NAME(load)(s->value_scales + k);
+            /* Words of pairs are half as wide as scores: they are written behind the reads. */
+#if defined(BF16_DOT)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+#elif defined(INT16_DOT)
+        __m512i whole = _mm512_cvtps_epi32((__m512)(p * per_weight));
+        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), _mm512_cvtsepi32_epi16(whole));
+#else
+        NAME(store)(row + k, p);
+#endif
+    }
+    float shrink = before == now ? 1.0f : before == -INFINITY ? 0.0f : expf(before - base);
+    *total = *total * shrink + NAME(sum_lanes)(sum);
+    return shrink;
+}

@@ -1,0 +1,64 @@
+/* What a task is, and what a thread works in. Included once per instruction set after vectors.h, products.h and rows.h. */
+
+/* What one thread works in. */
+struct NAME(scratch) {
+    float *query;       /* [heads][rows][key_words] */
+    float *key_rows;    /* [KEY_TILE][key_words], where keys are not read in place */
+    float *key_columns; /* [KEY_TILE / panel][key_words][panel] */
+    float *value_rows;  /* [KEY_TILE][value_words], where values are not read in place */
+    float *value_tile;  /* [KEY_TILE / PER_WORD][value_columns] */
+    float *scores;      /* [row block][KEY_TILE] floats, then overwritten by weights as words */
+    float *sums;        /* [heads][rows][value_columns]: the weighted sums of values, not yet divided */
+    float *highest;     /* [heads][rows] */
+    float *total;       /* [heads][rows] */
+    const char **keys[2], **values[2]; /* [KEY_TILE]: head 0 of each key, of this tile and of the next */
+    float *key_scales, *value_scales; /* [KEY_TILE] */
+    float largest_value_scale;
+    float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
+    float *zeros;
+    uint8_t table[256];
+};
+
+static int NAME(words)(int64_t dim) { return (int)((dim + LANES * PER_WORD - 1) / (LANES * PER_WORD)) * LANES; }
+
+/* Divides one piece of memory; with memory = NULL only counts. Returns the bytes used. */
+static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attention_call *call, int64_t rows, char *memory) {
+    int64_t used = 0;
+    int64_t key_words = NAME(words)(call->key.dim), value_words = NAME(words)(call->value.dim);
+#define TAKE(field, count)                                             \
+    do {                                                               \
+        s->field = (void *)(memory + used);                            \
+        used += ((int64_t)(count) * sizeof(*s->field) + 127) / 64 * 64; \
+    } while (0)
+    TAKE(query, rows * key_words);
+    TAKE(sums, rows * value_words * PER_WORD);
+    TAKE(highest, rows);
+    TAKE(query_scales, rows);
+    TAKE(total, rows);
+    TAKE(key_rows, KEY_TILE * key_words);
+    TAKE(key_columns, KEY_TILE * key_words);
+    TAKE(value_rows, KEY_TILE * value_words);
+    TAKE(value_tile, KEY_TILE * value_words);
+    TAKE(scores, (ROW_BLOCK + DOT_ROWS) * KEY_TILE);
+    for (int i = 0; i < 2; i++) {
+        TAKE(keys[i], KEY_TILE);
+        TAKE(values[i], KEY_TILE);
+    }
+    TAKE(key_scales, KEY_TILE);
+    TAKE(value_scales, KEY_TILE);
+    TAKE(zeros, key_words + value_words);
+#undef TAKE
+    return used;
+}
+
+struct NAME(task) {
+    const struct attention_call *call;
+    struct NAME(scratch) *scratch;
+    int seq, first, end, first_key, end_key, partial;
+    int first_head, end_head, group, rows, padded_rows;
+    int key_words, value_words, value_columns; /* words of a key; words and floats of a padded value row */
+    int length, query_offset; /* position of query token t is t + query_offset */
+    int is_few;
+};
+
+#define ELEMENT_BYTES(call) ((call)->format != FORMAT_FLOAT ? 1 : (call)->dtype == DTYPE_F32 ? 4 : 2)
