@@ -4,6 +4,14 @@
 results together; `cascade_attention` reads a prefix that many share once. `backend_info()` says what runs here.
 """
 
+try:
+    # Asked for here, so that its absence is told in one sentence.
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError("pagedkv.attention needs torch: pip install 'pagedkv[torch]'", name="torch") from None
+
 from pagedkv.attention.backends import BackendInfo, backend_info
 from pagedkv.attention.cascade import CascadePlan, cascade_attention, plan_cascade
 from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedError

@@ -135,7 +135,8 @@ def check_write(
             continue
         cache_format = _check_cache(f"{name}_cache", cache, key.device)
         _expect(new.ndim == 3, f"{name} must be (tokens, kv_heads, head_dim)", new)
-        _expect(format_of(new.dtype) is CacheFormat.FLOAT and new.dtype == key.dtype, f"{name} must be of floats", new)
+        _expect(format_of(new.dtype) is CacheFormat.FLOAT, f"{name} must be of floats", new)
+        _expect(new.dtype == key.dtype, f"{name} must be {key.dtype}, as key is", new)
         _check_device(name, new, key.device)
         packing = 2 if cache_format is CacheFormat.INT4 else 1
         if new.shape[0] != key.shape[0] or new.shape[1:] != (cache.shape[2], cache.shape[3] * packing):
@@ -223,6 +224,9 @@ def _check_scale(
                 f"{head_dim} channels, found {tuple(scale.shape)}"
             )
         _expect(scale.dtype == torch.bfloat16, f"{name} of an int4 cache must be bfloat16", scale)
+        # Kernels walk a head's groups in memory.
+        if scale.stride(4) != 1 or (groups > 1 and scale.stride(3) != 2):
+            raise AttentionArgumentError(f"{name} must be contiguous within a head, found strides {scale.stride()}")
         return
     _expect(scale.dtype == torch.float32, f"{name} must be float32", scale)
     allowed = ((), (cache_shape[2],)) if is_fp8 else (cache_shape,)

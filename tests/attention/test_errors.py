@@ -278,7 +278,8 @@ def test_a_missing_backend_is_passed_over_unless_asked_for(stubborn: Stubborn) -
         ({"value": None}, "value and value_cache are given both or, for a latent cache, neither"),
         ({"key": torch.ones(2, 8)}, "key must be (tokens, kv_heads, head_dim)"),
         ({"key": torch.ones(2, 2, 8).int()}, "key must be of floats"),
-        ({"value": torch.ones(2, 2, 8).half()}, "value must be of floats"),
+        ({"value": torch.ones(2, 2, 8).half()}, "value must be torch.float32, as key is"),
+        ({"value": torch.ones(2, 2, 8).int()}, "value must be of floats"),
         ({"value": torch.ones(3, 2, 8)}, "value (3, 2, 8) does not fit 2 tokens and value_cache (3, 4, 2, 8)"),
         ({"key": torch.ones(2, 1, 8)}, "key (2, 1, 8) does not fit 2 tokens and key_cache (3, 4, 2, 8)"),
         ({"value_cache": torch.zeros(2, 4, 2, 8)}, "does not match key_cache"),
@@ -310,3 +311,13 @@ def test_a_write_that_does_not_fit_is_named_and_writes_nothing(changes: dict[str
     for name in ("key_cache", "value_cache"):
         if arguments[name].device.type == "cpu":
             assert not arguments[name].any()
+
+
+def test_int4_scales_that_are_scattered_within_a_head_are_refused() -> None:
+    cache = torch.zeros(2, 4, 1, 32, dtype=torch.uint8)
+    scattered = torch.zeros(2, 4, 1, 2, 2, dtype=torch.bfloat16).transpose(3, 4)
+    tables, one = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+
+    with pytest.raises(AttentionArgumentError, match="k_scale must be contiguous within a head"):
+        paged_attention(torch.zeros(1, 1, 64), cache, cache, tables, one, starts, k_scale=scattered, v_scale=scattered)

@@ -150,6 +150,7 @@ def test_sizes_are_computed_without_torch() -> None:
     ("missing", "use", "what"),
     [
         ("torch", "import pagedkv.storage", "pagedkv.storage needs torch"),
+        ("torch", "import pagedkv.attention", "pagedkv.attention needs torch"),
         (
             "safetensors",
             "from pagedkv.storage import KVSpec, read_saved; read_saved('file', KVSpec(1, 1, 8))",
