@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pagedkv import PagedKVError, __version__
+from pagedkv import ConfigError, PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
-from pagedkv.simulations.cost_models import DEVICES, MODELS
+from pagedkv.simulations.cost_models import DEVICES, MODELS, load_cost_model
+
+if TYPE_CHECKING:
+    from pagedkv.simulations.replay import ReplayConfig, StepCosts
 
 __all__ = ["app", "main"]
 
@@ -43,16 +47,20 @@ def _root(
 REPLAY_HELP = (
     "Replay a request trace; print a summary and write a report.\n\n"
     "Writes summary.json, requests.csv, report.html (self-contained) and a Perfetto trace. "
-    "Same trace and options, same figures, byte for byte, apart from wall-clock times."
+    "Same trace and options, same figures, byte for byte, apart from wall-clock times.\n\n"
+    "TRACE may be the folder of a recorded run: it is replayed with the options that it was recorded with, but for those "
+    "given here, on step times fitted to it, and compared with what was measured."
 )
 
 
 @app.command(help=REPLAY_HELP)
 def replay(
+    context: typer.Context,
     trace: Annotated[
         Path | None,
         typer.Argument(
-            help="Request trace, gzip or not; its format is recognised by content. Default: a small sample."
+            help="Request trace, gzip or not; its format is recognised by content. Or a recorded run, a folder. "
+            "Default: a small sample."
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report files.")] = Path("pagedkv-report"),
@@ -71,6 +79,12 @@ def replay(
     kv_bits: Annotated[
         int, typer.Option(help="Bits of a K/V element: 4, 8, 16 or 32.", rich_help_panel="Hardware")
     ] = 16,
+    cost_model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Step times that `pagedkv fit` has learnt, instead of the presets'.", rich_help_panel="Hardware"
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(help="Tokens per block. Default: the trace's own, else 16.", rich_help_panel="Memory"),
@@ -147,19 +161,55 @@ def replay(
         leaps=leaps,
         checks=check,
     )
+    costs = None if cost_model is None else load_cost_model(cost_model)
+    if trace is not None and trace.is_dir():
+        if limit is not None or session_gap:
+            raise ConfigError(f"a recorded run is replayed whole: for a part, replay {trace / 'trace.jsonl'}")
+        _replay_recorded(trace, _given(context, config), costs, out=out, events=events, as_json=as_json)
+        return
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
     with _event_log(events) as sink, _progress(len(requests)) as progress:
-        run = run_replay(requests, config, sink=sink, progress=progress)
+        run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
     summary = summarize(run)
     paths = write_reports(run, out, summary)
     if as_json:
-        import json
-
         typer.echo(json.dumps(summary))
     else:
         print_summary(run, summary, paths)
+
+
+def _given(context: typer.Context, config: ReplayConfig) -> dict[str, Any]:
+    """The options that stand on the command line, as fields of the configuration."""
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    renamed = {"check": "checks"}
+    return {name: getattr(config, name) for name in (renamed.get(n, n) for n in sorted(given)) if hasattr(config, name)}
+
+
+def _replay_recorded(
+    folder: Path, options: dict[str, Any], costs: StepCosts | None, *, out: Path, events: Path | None, as_json: bool
+) -> None:
+    """Replay a recorded run and compare: the same reports, with `comparison` among the figures."""
+    from pagedkv.simulations.metrics import summarize
+    from pagedkv.simulations.recorded_replay import replay_run
+    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.run_comparison import compare_run, print_comparison
+    from pagedkv.simulations.run_records import read_run
+
+    record = read_run(folder)
+    with _event_log(events) as sink, _progress(len(record.trace)) as progress:
+        run = replay_run(record, costs, options, sink=sink, progress=progress)
+    summary = {**summarize(run), "comparison": compare_run(record, run)}
+    paths = write_reports(run, out, summary)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    print_summary(run, summary, paths)
+    typer.echo()
+    print_comparison(summary["comparison"], run.configuration["changed_options"])
+    if not record.header.is_complete:
+        typer.echo("the run was cut off: recorded steps also served requests that are not in its trace")
 
 
 @contextmanager
@@ -188,9 +238,11 @@ def _progress(num_requests: int) -> Iterator[Callable[[int], None] | None]:
 
 def _mount_others() -> None:
     from pagedkv.simulations.cache_command import cache
+    from pagedkv.simulations.fit_command import fit
     from pagedkv.simulations.traces.command import app as traces_app
 
     app.command()(cache)
+    app.command()(fit)
     app.add_typer(traces_app, name="traces", help="List, describe, convert and generate request traces.")
 
 

@@ -26,14 +26,25 @@ from pagedkv.scheduler import (
     Swap,
     VictimPolicy,
 )
-from pagedkv.simulations.cost_models import RooflineCostModel, get_device, get_model, num_kv_blocks
+from pagedkv.simulations.cost_models import (
+    DeviceSpec,
+    LinearCostModel,
+    ModelSpec,
+    RooflineCostModel,
+    get_device,
+    get_model,
+    num_kv_blocks,
+)
 from pagedkv.simulations.run import RequestLog, Run
 from pagedkv.simulations.simulator import EventTee, Simulator
 from pagedkv.simulations.traces import Trace
 
-__all__ = ["ReplayConfig", "replay"]
+__all__ = ["ReplayConfig", "StepCosts", "VirtualEngine", "replay"]
 
 DEFAULT_BLOCK_SIZE = 16
+
+StepCosts = RooflineCostModel | LinearCostModel
+"""Cost models that also tell what recomputing and swapping cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +83,39 @@ class ReplayConfig:
     checks: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class VirtualEngine:
+    """What a trace is replayed on: sizes, limits, policies, and how long a step takes."""
+
+    cache: CacheConfig
+    eviction: str
+    scheduler: SchedulerConfig
+    policy: QueuePolicy
+    victim: VictimPolicy
+    preemption: PreemptionPolicy
+    cost_model: StepCosts
+
+    def make_scheduler(self, sink: EventSink) -> Scheduler:
+        """A scheduler of this kind, with empty memory."""
+        manager = KVCacheManager(self.cache, eviction=make_policy(self.eviction, self.cache.num_blocks))
+        return Scheduler(
+            self.scheduler, manager, policy=self.policy, victim=self.victim, preemption=self.preemption, sink=sink
+        )
+
+
 def replay(
     trace: Trace,
     config: ReplayConfig | None = None,
     *,
+    cost_model: StepCosts | None = None,
     sink: EventSink | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Run:
     """Replay `trace` and return everything that happened; `sink` gets the scheduler's events as they come.
 
-    `progress` gets the number of ended requests now and then. Deterministic: same trace and configuration, same run,
-    apart from `wall_s`. Raises ConfigError, with nothing done, for contradictions.
+    `cost_model` says how long steps take; by default the roofline of `config`'s model and device, which otherwise only say
+    how many blocks there are. `progress` gets the number of ended requests now and then. Deterministic: same trace and
+    configuration, same run, apart from `wall_s`. Raises ConfigError, with nothing done, for contradictions.
 
     >>> from pagedkv.simulations.traces import sample_trace
     >>> run = replay(sample_trace().head(10))
@@ -91,67 +124,92 @@ def replay(
     """
     started = time.perf_counter()
     config = ReplayConfig() if config is None else config
-    trace = _scale_arrivals(trace, config.rate_scale)
+    trace = scale_arrivals(trace, config.rate_scale)
+    engine = _engine_of(trace, config, cost_model)
+    log = RequestLog.empty(len(trace))
+    tee = EventTee(log, sink)
+    simulator = Simulator(trace, engine.make_scheduler(tee), engine.cost_model, log, leaps=config.leaps)
+    simulator.run(progress, checks=config.checks)
+    described = {**dataclasses.asdict(config), **describe_engine(engine)}
+    return make_run(simulator, tee, described, engine.cache.num_blocks, time.perf_counter() - started)
+
+
+def describe_engine(engine: VirtualEngine) -> dict[str, Any]:
+    """What a report says of an engine whose options it knows: what they came to, and the cost model."""
+    return {
+        "block_size": engine.cache.block_size,
+        "num_blocks": engine.cache.num_blocks,
+        "num_host_blocks": engine.cache.num_host_blocks,
+        "cost_model": engine.cost_model.describe(),
+        "pagedkv_version": __version__,
+    }
+
+
+def make_run(simulator: Simulator, tee: EventTee, configuration: dict[str, Any], num_blocks: int, wall_s: float) -> Run:
+    """Everything that a finished simulation leaves."""
+    return Run(
+        trace=simulator.trace,
+        configuration=configuration,
+        requests=simulator.log,
+        steps=simulator.steps,
+        gaps=simulator.gaps,
+        preemptions=tee.preemptions,
+        rejections=simulator.rejections,
+        num_blocks=num_blocks,
+        wall_s=wall_s,
+    )
+
+
+def _engine_of(trace: Trace, config: ReplayConfig, cost_model: StepCosts | None) -> VirtualEngine:
     block_size = config.block_size or trace.content_block_size or DEFAULT_BLOCK_SIZE
-    _require_matching_blocks(trace, block_size)
-    model, device = get_model(config.model), get_device(config.device)
+    require_matching_blocks(trace, block_size)
+    num_blocks = config.num_blocks
+    if cost_model is None or num_blocks is None:
+        model, device, hardware = hardware_of(config, block_size)
+        cost_model = RooflineCostModel(model, device, **hardware) if cost_model is None else cost_model
+        num_blocks = num_kv_blocks(model, device, **hardware) if num_blocks is None else num_blocks
+    policy, victim = order_named(config.policy)
+    preemption = preemption_named(config.preemption, cost_model)
+    num_host_blocks = config.num_host_blocks
+    if num_host_blocks is None:
+        num_host_blocks = 0 if isinstance(preemption, Recompute) else num_blocks
+    return VirtualEngine(
+        cache=CacheConfig(num_blocks, block_size, num_host_blocks, config.prefix_caching),
+        eviction=config.eviction,
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_running=config.max_num_running,
+            long_prefill_tokens=config.long_prefill_tokens,
+            watermark=config.watermark,
+            max_bypasses=config.max_bypasses,
+        ),
+        policy=policy,
+        victim=victim,
+        preemption=preemption,
+        cost_model=cost_model,
+    )
+
+
+def hardware_of(config: ReplayConfig, block_size: int) -> tuple[ModelSpec, DeviceSpec, dict[str, Any]]:
+    """The presets that a configuration names, and how the model lies on the devices. Raises ConfigError."""
     hardware: dict[str, Any] = {
         "block_size": block_size,
         "num_devices": config.num_devices,
         "weight_bits": config.weight_bits,
         "kv_bits": config.kv_bits,
     }
-    cost_model = RooflineCostModel(model, device, **hardware)
-    num_blocks = num_kv_blocks(model, device, **hardware) if config.num_blocks is None else config.num_blocks
-    queue_policy, victim_policy = _order(config.policy)
-    preemption = _preemption(config.preemption, cost_model)
-    num_host_blocks = config.num_host_blocks
-    if num_host_blocks is None:
-        num_host_blocks = 0 if isinstance(preemption, Recompute) else num_blocks
-    cache_config = CacheConfig(num_blocks, block_size, num_host_blocks, config.prefix_caching)
-    scheduler_config = SchedulerConfig(
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_running=config.max_num_running,
-        long_prefill_tokens=config.long_prefill_tokens,
-        watermark=config.watermark,
-        max_bypasses=config.max_bypasses,
-    )
-    manager = KVCacheManager(cache_config, eviction=make_policy(config.eviction, num_blocks))
-    log = RequestLog.empty(len(trace))
-    tee = EventTee(log, sink)
-    scheduler = Scheduler(
-        scheduler_config, manager, policy=queue_policy, victim=victim_policy, preemption=preemption, sink=tee
-    )
-    simulator = Simulator(trace, scheduler, cost_model, log, leaps=config.leaps)
-    simulator.run(progress, checks=config.checks)
-    described: dict[str, Any] = {
-        **dataclasses.asdict(config),
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-        "num_host_blocks": num_host_blocks,
-        "cost_model": cost_model.describe(),
-        "pagedkv_version": __version__,
-    }
-    return Run(
-        trace=trace,
-        configuration=described,
-        requests=log,
-        steps=simulator.steps,
-        gaps=simulator.gaps,
-        preemptions=tee.preemptions,
-        rejections=simulator.rejections,
-        num_blocks=num_blocks,
-        wall_s=time.perf_counter() - started,
-    )
+    return get_model(config.model), get_device(config.device), hardware
 
 
-def _scale_arrivals(trace: Trace, rate_scale: float) -> Trace:
+def scale_arrivals(trace: Trace, rate_scale: float) -> Trace:
+    """The trace with requests arriving `rate_scale` times as fast. Raises ConfigError."""
     if not math.isfinite(rate_scale) or rate_scale <= 0:
         raise ConfigError(f"rate_scale must be a finite number > 0, found {rate_scale}")
     return trace if rate_scale == 1 else dataclasses.replace(trace, arrival_s=trace.arrival_s / rate_scale)
 
 
-def _require_matching_blocks(trace: Trace, block_size: int) -> None:
+def require_matching_blocks(trace: Trace, block_size: int) -> None:
+    """Raise ConfigError for a block size that cuts through the blocks that the trace names."""
     named = trace.content_block_size
     if named is not None and named % block_size and block_size % named:
         raise ConfigError(
@@ -160,7 +218,8 @@ def _require_matching_blocks(trace: Trace, block_size: int) -> None:
         )
 
 
-def _order(name: str) -> tuple[QueuePolicy, VictimPolicy]:
+def order_named(name: str) -> tuple[QueuePolicy, VictimPolicy]:
+    """The policies that a name stands for. Raises ConfigError."""
     if name == "fcfs":
         return FCFS(), LatestArrival()
     if name == "priority":
@@ -168,7 +227,8 @@ def _order(name: str) -> tuple[QueuePolicy, VictimPolicy]:
     raise ConfigError(f"policy must be one of fcfs, priority, found {name!r}")
 
 
-def _preemption(name: str, cost_model: RooflineCostModel) -> PreemptionPolicy:
+def preemption_named(name: str, cost_model: StepCosts) -> PreemptionPolicy:
+    """The policy that a name stands for; `cost_model` tells it what is cheaper. Raises ConfigError."""
     if name == "recompute":
         return Recompute()
     if name == "swap":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import Rows
+from pagedkv.arrays import Int32s, Rows
 from pagedkv.content import SimulatedPrompt
 from pagedkv.errors import InvariantViolation
 from pagedkv.scheduler import Request, RequestTooLargeError, Scheduler, StepEvents, StepPlan
@@ -78,7 +78,7 @@ class Simulator:
     def __init__(
         self, trace: Trace, scheduler: Scheduler, cost_model: CostModel, log: RequestLog, *, leaps: bool = True
     ) -> None:
-        self._trace = trace
+        self.trace = trace
         self._scheduler = scheduler
         self._cost_model = cost_model
         self._leaps = leaps
@@ -101,7 +101,7 @@ class Simulator:
         clock = 0.0
         num_plans = 0
         scheduler, arrivals = self._scheduler, self._arrivals
-        while scheduler.has_work or self._num_arrived < len(self._trace):
+        while scheduler.has_work or self._num_arrived < len(self.trace):
             if not scheduler.has_work:
                 clock = max(clock, arrivals[self._num_arrived])
             self._add_arrivals(clock)
@@ -131,7 +131,7 @@ class Simulator:
         num_tokens = int(load.num_tokens)
         self.steps.append((start, end - start, len(plan.rows), scheduler.num_waiting, num_tokens, num_used))
         self._add_arrivals(end)
-        events = scheduler.update(plan, None, end)
+        events = scheduler.update(plan, self._sampled_tokens(plan), end)
         self._note_tokens(plan.sampling_rows, end)
         self._note_finished(events, end)
         return end
@@ -178,7 +178,7 @@ class Simulator:
                 self.log.is_rejected[index] = True
 
     def _request(self, index: int) -> Request:
-        trace = self._trace
+        trace = self.trace
         num_tokens = int(trace.prompt_tokens[index])
         if trace.content_block_size is None:
             prompt = SimulatedPrompt(num_tokens)
@@ -186,6 +186,10 @@ class Simulator:
             prompt = SimulatedPrompt(num_tokens, trace.content_ids(index), trace.content_block_size)
         client = None if trace.clients is None else int(trace.clients[index])
         return Request(str(index), prompt, int(trace.output_tokens[index]), client=client)
+
+    def _sampled_tokens(self, plan: StepPlan) -> Int32s | None:  # noqa: ARG002 - for those who know more than lengths
+        """Tokens for the plan's sampling rows; None, since only their number matters here."""
+        return None
 
     def _note_admitted(self, plan: StepPlan) -> None:
         for seat in plan.admitted:
@@ -209,6 +213,6 @@ class Simulator:
         for sample, _ in events.finished:
             request = int(sample.request.request_id)
             self.log.finished_s[request] = end
-            self.log.num_output[request] = sample.request.max_new_tokens
+            self.log.num_output[request] = self.trace.output_tokens[request]
             if sample.request.max_new_tokens == 0:
                 self.log.first_token_s[request] = end

@@ -3,6 +3,8 @@
 from pagedkv.simulations.cost_models.capacity import block_bytes, num_kv_blocks
 from pagedkv.simulations.cost_models.devices import DEVICES, DeviceSpec, get_device
 from pagedkv.simulations.cost_models.efficiency import IDEAL, TYPICAL, Efficiency
+from pagedkv.simulations.cost_models.fitted import load_cost_model, save_cost_model
+from pagedkv.simulations.cost_models.fitting import StepFit, fit_steps
 from pagedkv.simulations.cost_models.linear import LinearCostModel
 from pagedkv.simulations.cost_models.load import Count, Seconds, StepLoad
 from pagedkv.simulations.cost_models.model_presets import MODELS, get_model
@@ -18,6 +20,10 @@ __all__ = [
     "Seconds",
     "LinearCostModel",
     "RooflineCostModel",
+    "StepFit",
+    "fit_steps",
+    "load_cost_model",
+    "save_cost_model",
     "Efficiency",
     "TYPICAL",
     "IDEAL",

@@ -17,7 +17,7 @@ class LinearCostModel:
     """The sum of constant costs: y = k * x + b in each of the aggregates of a step. For tests, fits and baselines.
 
     step_time = base_s + per_token_s * num_tokens + per_context_token_s * num_context_tokens + per_row_s * num_rows
-                + per_copied_block_s * num_copied_blocks
+                + per_attention_pair_s * num_attention_pairs + per_copied_block_s * num_copied_blocks
                 + per_swapped_block_s * (num_swapped_in_blocks + num_swapped_out_blocks)
 
     All in seconds, finite and at least 0. Raises `ConfigError` otherwise, and if `base_s`, `per_token_s` and
@@ -34,6 +34,7 @@ class LinearCostModel:
     per_token_s: float
     per_context_token_s: float = 0.0
     per_row_s: float = 0.0
+    per_attention_pair_s: float = 0.0
     per_copied_block_s: float = 0.0
     per_swapped_block_s: float = 0.0
 
@@ -60,17 +61,18 @@ class LinearCostModel:
 
     def step_time(self, load: StepLoad) -> Seconds:
         """Seconds for the step; see the class for the formula. O(1), or O(k) for k steps."""
-        num_rows, num_tokens, _, num_context_tokens, _, num_copied, num_in, num_out = load
+        num_rows, num_tokens, _, num_context_tokens, num_pairs, num_copied, num_in, num_out = load
         return cast(
             "Seconds",
             self.base_s
             + num_tokens * self.per_token_s
             + num_context_tokens * self.per_context_token_s
             + num_rows * self.per_row_s
+            + num_pairs * self.per_attention_pair_s
             + num_copied * self.per_copied_block_s
             + (num_in + num_out) * self.per_swapped_block_s,
         )
 
     def describe(self) -> dict[str, Any]:
-        """The kind and the six constants."""
+        """The kind and the seven constants."""
         return {"kind": "linear", "name": self.name, **asdict(self)}

@@ -10,6 +10,7 @@ COEFFICIENTS = {
     "per_token_s": 2.0,
     "per_context_token_s": 0.5,
     "per_row_s": 4.0,
+    "per_attention_pair_s": 0.25,
     "per_copied_block_s": 8.0,
     "per_swapped_block_s": 16.0,
 }
@@ -21,12 +22,12 @@ def test_step_time_is_the_weighted_sum_of_the_aggregates() -> None:
         num_tokens=3,
         num_sampled=2,
         num_context_tokens=10,
-        num_attention_pairs=99,
+        num_attention_pairs=100,
         num_copied_blocks=1,
         num_swapped_in_blocks=2,
         num_swapped_out_blocks=3,
     )
-    assert LinearCostModel(**COEFFICIENTS).step_time(load) == 1 + 3 * 2 + 10 * 0.5 + 2 * 4 + 1 * 8 + 5 * 16
+    assert LinearCostModel(**COEFFICIENTS).step_time(load) == 1 + 3 * 2 + 10 * 0.5 + 2 * 4 + 100 * 0.25 + 1 * 8 + 5 * 16
 
 
 def test_it_answers_what_swap_or_recompute_asks() -> None:

@@ -1,0 +1,61 @@
+"""A fitted cost model as a file: what `pagedkv fit` writes and `pagedkv replay --cost-model` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pagedkv.errors import ConfigError
+from pagedkv.simulations.cost_models.fitting import CONSTANTS, StepFit
+from pagedkv.simulations.cost_models.linear import LinearCostModel
+
+__all__ = ["load_cost_model", "save_cost_model"]
+
+VERSION = 1
+MAX_BYTES = 2**20
+
+
+def save_cost_model(fit: StepFit, path: str | Path, source: Mapping[str, Any]) -> None:
+    """Write the constants, how good the fit is, and `source`: facts about the run. The file appears whole or not at all."""
+    document = {
+        "pagedkv_cost_model": VERSION,
+        **fit.model.describe(),
+        "fit": fit.describe(),
+        "source": dict(source),
+    }
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.part")
+    try:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_cost_model(path: str | Path) -> LinearCostModel:
+    """Read a model that `save_cost_model` wrote; other keys than the constants are for people.
+
+    Raises ConfigError, one line with the path, for anything else, and OSError if there is no such file.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    try:
+        document = json.loads(content) if len(content) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a cost model that `pagedkv fit` wrote, found something else")
+    version, kind = document.get("pagedkv_cost_model"), document.get("kind")
+    if version != VERSION or kind != "linear":
+        raise ConfigError(
+            f"{path}: expected a linear cost model of version {VERSION}, found kind {kind!r:.60}, version {version!r:.60}"
+        )
+    missing = [name for name in CONSTANTS if name not in document]
+    if missing:
+        raise ConfigError(f"{path}: expected a key {missing[0]!r}, found none")
+    try:
+        return LinearCostModel(**{name: document[name] for name in CONSTANTS})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error!s:.200}") from None

@@ -1,0 +1,108 @@
+"""`pagedkv fit`, and `pagedkv replay` of what a real engine recorded, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recorded_engine import record_run
+
+from pagedkv.scheduler import Swap
+
+
+def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagedkv", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a recorded run, `monday`, with swaps."""
+    path = tmp_path_factory.mktemp("runs")
+    record_run(path / "monday", 1, num_blocks=30, preemption=Swap())
+    run("fit", "monday", "--out", "m.json", cwd=path)
+    return path
+
+
+def test_a_fit_is_printed_and_its_file_is_taken_by_a_replay(folder: Path) -> None:
+    shown = run("fit", "monday", cwd=folder)
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "steps, measured  name toy, device none" in shown.stdout
+    assert "per_token_s" in shown.stdout
+    assert "200 µs" in shown.stdout
+    assert "R² 1.0000" in shown.stdout
+    assert "wrote monday/cost_model.json" in shown.stdout
+
+    replayed = run("replay", "monday", "--cost-model", "monday/cost_model.json", "--json", cwd=folder)
+
+    summary = json.loads(replayed.stdout)
+    assert summary["comparison"]["ttft_s"]["p99"]["relative_error"] == pytest.approx(0, abs=1e-6)
+    assert json.loads((folder / "pagedkv-report" / "summary.json").read_text())["comparison"] == summary["comparison"]
+
+
+def test_a_fit_as_json_names_its_file(folder: Path) -> None:
+    shown = json.loads(run("fit", "monday", "--out", "other.json", "--json", cwd=folder).stdout)
+
+    assert shown["file"] == "other.json"
+    assert shown["constants"]["per_token_s"] == pytest.approx(2e-4)
+    assert shown["unidentified"] == {}
+    assert (folder / "other.json").exists()
+
+
+def test_a_recorded_run_is_replayed_as_it_was_configured_and_compared(folder: Path) -> None:
+    shown = run("replay", "monday", cwd=folder)
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "recorded (measured)" in shown.stdout
+    assert "other options" not in shown.stdout
+    summary = json.loads((folder / "pagedkv-report" / "summary.json").read_text())
+    assert summary["configuration"]["num_blocks"] == 30
+    assert summary["configuration"]["max_num_batched_tokens"] == 32
+    assert summary["comparison"]["num_preemptions"]["recorded"] == summary["num_preemptions"] > 0
+
+
+def test_options_on_the_command_line_change_the_replay_of_a_recorded_run(folder: Path) -> None:
+    shown = run("replay", "monday", "--num-blocks", "300", "--watermark", "0.01", "--check", cwd=folder)
+
+    # The default of an ordinary replay counts as a change, too, if the run was recorded with something else.
+    assert "simulated with other options than recorded: num_blocks 300, watermark 0.01\n" in shown.stdout
+
+
+def test_a_cost_model_serves_any_trace(folder: Path) -> None:
+    summary = run("replay", "--cost-model", "m.json", "--limit", "20", "--json", cwd=folder)
+    plain = run("replay", "monday/trace.jsonl", "--cost-model", "m.json", "--json", cwd=folder)
+
+    assert json.loads(summary.stdout)["num_finished"] == 20
+    assert json.loads(plain.stdout)["num_finished"] == 60
+    assert "comparison" not in json.loads(plain.stdout)
+    configuration = json.loads((folder / "pagedkv-report" / "summary.json").read_text())["configuration"]
+    assert configuration["cost_model"]["kind"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "absent"), "absent: expected a trace, or the folder of a recorded run, found no run.json"),
+        (("replay", "."), "found no run.json"),
+        (("fit", "monday", "--out", "absent/m.json"), "No such file"),
+        (("replay", "--cost-model", "absent.json"), "No such file"),
+        (("replay", "--cost-model", "monday/run.json"), "expected a linear cost model of version 1"),
+        (("replay", "monday", "--limit", "3"), "replayed whole: for a part, replay monday/trace.jsonl"),
+        (("replay", "monday", "--session-gap", "3"), "replayed whole"),
+        (("replay", "monday", "--policy", "lifo"), "policy must be one of"),
+        (("replay", "monday", "--block-size", "3"), "choose a divisor or a multiple of 4"),
+        (("replay", "monday", "--cost-model", "m.json", "--device", "H100"), "give one of the two"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments, cwd=folder)
+
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
