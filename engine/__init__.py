@@ -1,1 +1,60 @@
-"""A real engine on top of memory and scheduler. Nothing here yet."""
+"""A real engine on top: Hugging Face models served with continuous batching, on this project's cache, op and scheduler.
+
+Names are loaded when they are first used, so that parts which need neither torch nor transformers stay light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagedkv.engine.beam_search import BeamSearchParams
+    from pagedkv.engine.core import Engine
+    from pagedkv.engine.errors import EngineClosedError, MemoryBudgetError, ModelStepError, UnsupportedModelError
+    from pagedkv.engine.llm import LLM
+    from pagedkv.engine.outputs import BeamOutput, Completion, Piece, RequestOutput, RequestTimings
+    from pagedkv.engine.sampling_params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "SamplingParams",
+    "RequestOutput",
+    "Completion",
+    "Piece",
+    "RequestTimings",
+    "BeamSearchParams",
+    "BeamOutput",
+    "Engine",
+    "EngineClosedError",
+    "MemoryBudgetError",
+    "ModelStepError",
+    "UnsupportedModelError",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "SamplingParams": "sampling_params",
+    "RequestOutput": "outputs",
+    "Completion": "outputs",
+    "Piece": "outputs",
+    "RequestTimings": "outputs",
+    "BeamSearchParams": "beam_search",
+    "BeamOutput": "outputs",
+    "Engine": "core",
+    "EngineClosedError": "errors",
+    "MemoryBudgetError": "errors",
+    "ModelStepError": "errors",
+    "UnsupportedModelError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tqdm", "transformers"):
+            raise
+        raise ModuleNotFoundError(
+            f"pagedkv.engine.{name} needs {error.name}: pip install 'pagedkv[engine]'", name=error.name
+        ) from None

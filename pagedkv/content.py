@@ -121,6 +121,11 @@ class TokenContent:
             key = sha256(key + tokens + extras).digest()
             self._keys.append(key)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it holds; those of a row's last block are written when the row is synchronised. O(1)."""
+        return len(self._data) // TOKEN_BYTES
+
     def token_ids(self, start: int, stop: int) -> Int32s:
         """Tokens `start` to `stop - 1`, (stop - start,) int32, a copy."""
         return np.frombuffer(bytes(self._data[start * TOKEN_BYTES : stop * TOKEN_BYTES]), "<i4")

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "simulations": {"numpy", "msgspec", "plotly", "rich", "typer", "pagedkv.core", "pagedkv.scheduler"},
     "engine": {
         "numpy",
+        "prometheus_client",
         "torch",
+        "tqdm",
         "transformers",
         "pagedkv.core",
         "pagedkv.scheduler",

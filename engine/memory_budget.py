@@ -1,0 +1,150 @@
+"""How many blocks: from what was granted, what the device has, and what a step of the model itself needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pagedkv.arrays import cdiv
+from pagedkv.engine.errors import MemoryBudgetError
+from pagedkv.engine.model import PagedModel
+from pagedkv.engine.step_inputs import StepInputs
+from pagedkv.errors import InvalidArgumentError
+from pagedkv.kv_spec import KVSpec
+
+__all__ = ["MemoryBudget", "as_bytes", "measure_budget", "profile_step"]
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What a device has for K/V, in bytes.
+
+    total_bytes:     of a GPU all its memory, on a CPU what is available to programs now
+    free_bytes:      not in use now, the model being there already
+    step_bytes:      needed on top by the largest step of the model, as measured
+    """
+
+    total_bytes: int
+    free_bytes: int
+    step_bytes: int
+
+    def granted(self, kv_memory: str | int | float | None, device_type: str) -> int:
+        """Bytes for K/V. Raises InvalidArgumentError, or MemoryBudgetError if they are not there.
+
+        `kv_memory`: bytes, a text such as "4GiB", or as a float in (0, 1] the share of the total that everything, the
+        model included, may take on a GPU, and of the available memory that K/V may take on a CPU.
+        """
+        left = self.free_bytes - self.step_bytes
+        if kv_memory is None:
+            kv_memory = DEFAULT_SHARE[device_type]
+        if isinstance(kv_memory, float):
+            if not 0 < kv_memory <= 1:
+                raise InvalidArgumentError(f"kv_memory as a share must be above 0 and at most 1, found {kv_memory}")
+            if device_type == "cuda":
+                granted = left - int(self.total_bytes * (1 - kv_memory))
+            else:
+                granted = min(left, int(self.total_bytes * kv_memory))
+            wanted = f"a share of {kv_memory:g}"
+        else:
+            granted = as_bytes("kv_memory", kv_memory)
+            wanted = f"{_gib(granted)}"
+        if granted > left or granted <= 0:
+            raise MemoryBudgetError(
+                f"kv_memory of {wanted} does not fit: {_gib(self.free_bytes)} are free of {_gib(self.total_bytes)}, and the "
+                f"largest step takes {_gib(self.step_bytes)} of them (fewer max_num_batched_tokens take less)"
+            )
+        return granted
+
+
+def as_bytes(name: str, amount: str | int) -> int:
+    """Bytes of a number or of a text such as "4GiB" or "500 MB". Raises InvalidArgumentError.
+
+    >>> as_bytes("kv_memory", "1.5GiB")
+    1610612736
+    """
+    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
+        return amount
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", amount) if isinstance(amount, str) else None
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise InvalidArgumentError(f'{name} must be bytes or a text such as "4GiB", found {amount!r}')
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def measure_budget(device: torch.device, run_step: Callable[[], None]) -> MemoryBudget:
+    """Look at the device before and during `run_step`, the largest step that will come."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run_step()
+        torch.cuda.synchronize(device)
+        step_bytes = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return MemoryBudget(total, free, step_bytes)
+    available = _available_bytes()
+    return MemoryBudget(available, available, _peak_growth(run_step))
+
+
+def profile_step(model: PagedModel, num_tokens: int) -> None:
+    """One step of `num_tokens` tokens of one sequence, over a storage of a single block; nothing is written."""
+    width = cdiv(num_tokens, model.block_size)
+    step = StepInputs(
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=np.arange(num_tokens),
+        slot_mapping=np.full(num_tokens, -1, np.int64),
+        block_tables=np.zeros((1, width), np.int32),
+        seq_lens=np.array([num_tokens]),
+        query_start_loc=np.array([0, num_tokens], np.int32),
+        logit_indices=np.array([num_tokens - 1]),
+        device=model.device,
+    )
+    model.forward(step)
+
+
+def num_blocks_within(spec: KVSpec, num_bytes: int) -> int:
+    """Blocks that fit. Raises MemoryBudgetError, with the arithmetic, if not one does."""
+    try:
+        return spec.num_blocks_for(num_bytes)
+    except InvalidArgumentError as error:
+        raise MemoryBudgetError(str(error)) from None
+
+
+def _available_bytes() -> int:
+    """Memory that programs can still take without swapping, as Linux estimates it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        raise MemoryBudgetError(
+            "the available memory cannot be read on this system: give num_blocks or kv_memory in bytes"
+        ) from None
+
+
+def _peak_growth(run: Callable[[], None]) -> int:
+    """By how much the process's resident memory grew at its highest while `run` ran."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    clear.write_text("5")  # Resets the high-water mark.
+    before = _status_bytes(status, "VmRSS")
+    run()
+    return max(0, _status_bytes(status, "VmHWM") - before)
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

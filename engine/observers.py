@@ -1,0 +1,95 @@
+"""Everybody who hears what the engine does: metrics, a timeline, a record of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pagedkv.engine.live_requests import LiveSample
+from pagedkv.engine.metrics import EngineMetrics
+from pagedkv.engine.outputs import Completion
+from pagedkv.engine.run_record import RunRecorder
+from pagedkv.engine.timeline import StepTimes, Timeline
+from pagedkv.scheduler import Event, Request, Scheduler, StepEvents, StepPlan
+from pagedkv.scheduler.events import Admitted
+
+__all__ = ["Observers"]
+
+
+class Observers:
+    """The scheduler's event sink, and the one place that the engine tells of steps and requests.
+
+    metrics:     always there
+    timeline, recorder: or None
+    on_admitted: called for requests that get a seat for the first time
+    """
+
+    def __init__(self, metrics: EngineMetrics, timeline: Timeline | None = None) -> None:
+        self.metrics = metrics
+        self.timeline = timeline
+        self.recorder: RunRecorder | None = None
+        self.on_admitted: Callable[[Admitted], None] | None = None
+        self._num_waiting = 0
+        self._num_used_blocks = 0
+        self._scheduler: Scheduler | None = None
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """The scheduler whose events come is this one."""
+        self._scheduler = scheduler
+        self.metrics.watch(scheduler)
+        if self.timeline is not None:
+            self.timeline.watch(scheduler)
+
+    def emit(self, event: Event) -> None:
+        """Pass an event of the scheduler on. O(1)."""
+        self.metrics.emit(event)
+        if self.timeline is not None:
+            self.timeline.emit(event)
+        if self.on_admitted is not None and type(event) is Admitted and event.mode == "new":
+            self.on_admitted(event)
+
+    def on_request(self, request: Request, now: float) -> None:
+        """A request was accepted."""
+        if self.recorder is not None:
+            self.recorder.on_request(request, now)
+
+    def on_schedule(self, plan: StepPlan) -> None:
+        """A step was planned; the counters as they are while it runs are noted."""
+        if self.timeline is not None:
+            self.timeline.on_schedule(plan)
+        if self.recorder is not None and self._scheduler is not None:
+            self._num_waiting = self._scheduler.num_waiting
+            self._num_used_blocks = self._scheduler.manager.memory.pool.num_used
+
+    def on_step(self, plan: StepPlan, events: StepEvents, times: StepTimes) -> None:
+        """A step was carried out and updated. O(rows) array operations."""
+        self.metrics.on_step(plan, events, times.start_s, times.end_s)
+        if self.timeline is not None:
+            self.timeline.on_step(plan, events, times)
+        if self.recorder is not None:
+            self.recorder.on_step(
+                plan,
+                times.start_s,
+                times.end_s,
+                num_waiting=self._num_waiting,
+                num_used_blocks=self._num_used_blocks,
+            )
+
+    def on_finish(self, sample: LiveSample, completion: Completion, now: float) -> None:
+        """A sample has ended."""
+        if self.recorder is not None:
+            self.recorder.on_finish(
+                sample.request.request_id,
+                sample.index,
+                completion.finish_reason,
+                first_token_s=sample.first_token_s,
+                end_s=now,
+                num_output_tokens=len(completion.token_ids),
+                num_preemptions=sample.num_preemptions,
+            )
+
+    def close(self) -> None:
+        """Complete the files."""
+        if self.timeline is not None:
+            self.timeline.close()
+        if self.recorder is not None:
+            self.recorder.close()

@@ -1,0 +1,114 @@
+"""The tensors of one step, made once from the scheduler's plan and read by every layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pagedkv.arrays import Int32s, Int64s, cdiv
+from pagedkv.attention import AttentionPlan
+from pagedkv.attention import plan as plan_attention
+from pagedkv.scheduler import StepPlan
+
+__all__ = ["StepInputs"]
+
+Window = tuple[int, int] | None
+
+
+class StepInputs:
+    """A packed step on the device.
+
+    token_ids, positions: (1, tokens) int64, as a model takes them
+    slot_mapping:         (tokens,) int64
+    block_tables:         (rows, width) int32
+    seq_lens:             (rows,) int32
+    query_start_loc:      (rows + 1,) int32
+    logit_indices:        (logits,) int64: packed positions whose logits are wanted
+    """
+
+    __slots__ = (
+        "_lengths",
+        "_plans",
+        "_starts",
+        "block_tables",
+        "logit_indices",
+        "positions",
+        "query_start_loc",
+        "seq_lens",
+        "slot_mapping",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        *,
+        token_ids: Int32s,
+        positions: Int64s,
+        slot_mapping: Int64s,
+        block_tables: Int32s,
+        seq_lens: Int64s,
+        query_start_loc: Int32s,
+        logit_indices: Int64s,
+        device: torch.device,
+    ) -> None:
+        self._lengths = seq_lens.astype(np.int32)
+        self._starts = query_start_loc
+        self._plans: dict[tuple[int, int, Window], AttentionPlan] = {}
+        self.token_ids = torch.from_numpy(token_ids.astype(np.int64)[None]).to(device)
+        self.positions = torch.from_numpy(positions[None]).to(device)
+        self.slot_mapping = torch.from_numpy(slot_mapping).to(device)
+        self.block_tables = torch.from_numpy(block_tables).to(device)
+        self.seq_lens = torch.from_numpy(self._lengths).to(device)
+        self.query_start_loc = torch.from_numpy(query_start_loc).to(device)
+        self.logit_indices = torch.from_numpy(logit_indices).to(device)
+
+    @classmethod
+    def of_plan(cls, plan: StepPlan, block_tables: Int32s, block_size: int, device: torch.device) -> StepInputs:
+        """The whole step. `block_tables` are the scheduler's, (rows, width)."""
+        width = cdiv(int(plan.seq_lens.max()), block_size)
+        return cls(
+            token_ids=plan.token_ids,
+            positions=plan.positions,
+            slot_mapping=plan.slot_mapping,
+            block_tables=block_tables[:, :width][plan.rows],
+            seq_lens=plan.seq_lens,
+            query_start_loc=plan.query_start_loc,
+            logit_indices=plan.logit_indices,
+            device=device,
+        )
+
+    @classmethod
+    def of_row(cls, plan: StepPlan, idx: int, block_tables: Int32s, device: torch.device) -> StepInputs:
+        """The `idx`-th row of the step alone, with the logits of its last token."""
+        start, stop = plan.query_start_loc[idx : idx + 2].tolist()
+        tokens = slice(start, stop)
+        return cls(
+            token_ids=plan.token_ids[tokens],
+            positions=plan.positions[tokens],
+            slot_mapping=plan.slot_mapping[tokens],
+            block_tables=block_tables[plan.rows[idx : idx + 1]],
+            seq_lens=plan.seq_lens[idx : idx + 1],
+            query_start_loc=np.array([0, stop - start], np.int32),
+            logit_indices=np.array([stop - start - 1]),
+            device=device,
+        )
+
+    def plan_for(self, num_q_heads: int, num_kv_heads: int, window: Window) -> AttentionPlan:
+        """The attention plan that layers of these heads and this window share; made when the first of them asks."""
+        key = (num_q_heads, num_kv_heads, window)
+        made = self._plans.get(key)
+        if made is None:
+            made = self._plans[key] = plan_attention(
+                self._lengths,
+                self._starts,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                window=window,
+                device=self.token_ids.device,
+            )
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.token_ids.device

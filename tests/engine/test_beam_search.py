@@ -1,0 +1,87 @@
+"""Beam search finds what transformers' own finds, through forks and copy-on-write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, make_model
+
+from pagedkv import InvalidArgumentError
+from pagedkv.engine import LLM, BeamSearchParams
+
+PROMPTS = [np.random.default_rng(3).integers(1, VOCABULARY, length).tolist() for length in (7, 12, 21)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama")
+
+
+def expected(model: Any, prompt: list[int], params: BeamSearchParams, ends: list[int] | None) -> list[tuple[int, ...]]:
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=params.max_tokens,
+        num_beams=params.num_beams,
+        num_return_sequences=params.num_beams,
+        do_sample=False,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
+    texts = []
+    for row in out[:, len(prompt) :].tolist():
+        ended = [i for i, token in enumerate(row) if ends and token in ends]
+        texts.append(tuple(row[: ended[0] + 1] if ended else row))
+    return texts
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
+@pytest.mark.parametrize("num_ends", [0, 1, 30])
+@pytest.mark.parametrize("num_beams", [1, 2, 4])
+def test_beams_equal_those_of_generate(
+    model: Any, num_beams: int, num_ends: int, length_penalty: float, early_stopping: bool
+) -> None:
+    if num_beams == 1:
+        early_stopping, length_penalty = False, 1.0
+    params = BeamSearchParams(
+        num_beams=num_beams, max_tokens=14, length_penalty=length_penalty, early_stopping=early_stopping
+    )
+    ends = list(range(5, 5 + num_ends))
+    llm = LLM(model, num_blocks=200, block_size=4, self_check=False)
+    llm.engine.end_token_ids = tuple(ends)
+
+    found = llm.beam_search(PROMPTS, params)
+
+    assert [[beam.token_ids for beam in beams] for beams in found] == [
+        expected(model, prompt, params, ends or None) for prompt in PROMPTS
+    ]
+    llm.engine.scheduler.check_invariants()
+    assert llm.engine.scheduler.manager.statistics().num_used == 0
+
+
+def test_prompts_wait_for_blocks_and_find_the_same(model: Any) -> None:
+    params = BeamSearchParams(num_beams=3, max_tokens=10)
+    ample = LLM(model, num_blocks=200, block_size=4, self_check=False).beam_search(PROMPTS, params)
+    tight = LLM(model, num_blocks=20, block_size=4, max_num_batched_tokens=5, max_num_running=5, self_check=False)
+
+    found = tight.beam_search(PROMPTS, params)
+
+    assert [[beam.token_ids for beam in beams] for beams in found] == [
+        [beam.token_ids for beam in beams] for beams in ample
+    ]
+    assert found[0][0].score == pytest.approx(ample[0][0].score, rel=1e-5)
+    assert tight.engine.scheduler.manager.statistics().num_used == 0
+
+
+def test_a_search_that_can_never_fit_is_refused_with_the_arithmetic(model: Any) -> None:
+    llm = LLM(model, num_blocks=8, block_size=4, self_check=False)
+
+    with pytest.raises(InvalidArgumentError, match="can need 21 blocks, there are 8"):
+        llm.beam_search(PROMPTS[0], BeamSearchParams(num_beams=4, max_tokens=12))
+
+    assert llm.engine.scheduler.manager.statistics().num_used == 0

@@ -1,0 +1,293 @@
+"""What users see of LLM: arguments, outputs, streams, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import VOCABULARY, make_model
+
+from pagedkv import ConfigError, InvalidArgumentError
+from pagedkv.engine import (
+    LLM,
+    EngineClosedError,
+    MemoryBudgetError,
+    SamplingParams,
+    UnsupportedModelError,
+)
+from pagedkv.scheduler import RequestTooLargeError
+
+PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama")
+
+
+def make_llm(model: Any, **options: Any) -> LLM:
+    return LLM(model, **({"num_blocks": 64, "block_size": 4, "self_check": False} | options))
+
+
+def test_the_model_is_as_before_when_the_engine_does_not_run_it(model: Any) -> None:
+    before = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False).tolist()
+    llm = make_llm(model)
+    llm.generate(PROMPTS, GREEDY)
+
+    assert model.config._attn_implementation == "sdpa"
+    assert model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False).tolist() == before
+
+
+def test_outputs_come_in_the_order_of_the_prompts_and_one_prompt_is_a_list_of_one(model: Any) -> None:
+    llm = make_llm(model)
+    together = llm.generate(PROMPTS, [SamplingParams(max_tokens=n, temperature=0) for n in (3, 1, 2)])
+
+    assert [len(output.token_ids) for output in together] == [3, 1, 2]
+    assert [output.prompt_token_ids for output in together] == [tuple(prompt) for prompt in PROMPTS]
+    assert [output.token_ids for output in llm.generate(PROMPTS[2], GREEDY)] == [
+        llm.generate(PROMPTS, GREEDY)[2].token_ids
+    ]
+    assert llm.generate([], GREEDY) == []
+
+
+def test_timings_ascend_and_a_second_request_finds_the_prompt_cached(model: Any) -> None:
+    llm = make_llm(model)
+    first, second = llm.generate(PROMPTS[2], GREEDY)[0].timings, llm.generate(PROMPTS[2], GREEDY)[0].timings
+
+    assert first.arrival_s <= first.admitted_s <= first.first_token_s <= first.finished_s
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 28
+    assert 0 <= second.queue_s <= second.ttft_s <= second.e2e_s
+
+
+def test_the_same_seed_gives_the_same_samples_alone_and_in_a_crowd(model: Any) -> None:
+    params = SamplingParams(max_tokens=10, seed=7, n=3)
+    alone = make_llm(model).generate(PROMPTS[1], params)[0].completions
+    crowd = make_llm(model, num_blocks=24).generate(PROMPTS + PROMPTS, [GREEDY, params, GREEDY] * 2)
+
+    assert [c.token_ids for c in crowd[1].completions] == [c.token_ids for c in alone]
+    assert len({c.token_ids for c in alone}) == 3
+    assert [c.index for c in alone] == [0, 1, 2]
+
+
+def test_samples_of_one_prompt_share_its_blocks(model: Any) -> None:
+    llm = make_llm(model)
+    used = []
+    llm.engine.add(
+        "a", np.array(PROMPTS[2], np.int32), SamplingParams(max_tokens=3, n=5, seed=1), on_finish=lambda output: None
+    )
+    while llm.engine.has_work:
+        llm.engine.step()
+        used.append(llm.engine.scheduler.manager.statistics().num_used)
+
+    assert max(used) <= 7 + 5 * 2  # seven full blocks of the prompt once, at most two of each sample's own
+
+
+def test_a_stop_token_ends_a_sample_and_min_tokens_keeps_it_going(model: Any) -> None:
+    llm = make_llm(model)
+    plain = llm.generate(PROMPTS[0], GREEDY)[0].token_ids
+    stop = plain[2]
+
+    stopped = llm.generate(PROMPTS[0], SamplingParams(max_tokens=8, temperature=0, stop_token_ids=[stop]))[0]
+    kept = llm.generate(PROMPTS[0], SamplingParams(max_tokens=8, min_tokens=6, temperature=0, stop_token_ids=[stop]))[0]
+
+    assert stopped.token_ids == plain[:3]
+    assert (stopped.finish_reason, stopped.completions[0].stop) == ("stop", stop)
+    assert len(kept.token_ids) >= 6
+    assert stop not in kept.token_ids[:6]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_max_tokens_of_zero_computes_the_prompt_only(model: Any, n: int) -> None:
+    llm = make_llm(model)
+    output = llm.generate(PROMPTS[2], SamplingParams(max_tokens=0, n=n))[0]
+
+    assert (output.token_ids, output.finish_reason) == ((), "length")
+    assert llm.generate(PROMPTS[2], GREEDY)[0].timings.num_cached_tokens == 28
+
+
+def test_logprobs_are_those_of_the_model(model: Any) -> None:
+    output = make_llm(model).generate(PROMPTS[1], SamplingParams(max_tokens=4, temperature=0, logprobs=3))[0]
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*PROMPTS[1], *output.token_ids]])).logits[0, len(PROMPTS[1]) - 1 : -1]
+    expected = logits.log_softmax(-1)
+
+    for entry, row, token_id in zip(output.completions[0].logprobs, expected, output.token_ids, strict=True):
+        assert entry.token_id == token_id
+        assert entry.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+        assert entry.rank == 1
+        assert list(entry.alternatives) == row.topk(3).indices.tolist()
+
+
+def test_a_stream_yields_every_token_and_closing_it_early_frees_everything(model: Any) -> None:
+    llm = make_llm(model)
+    pieces = list(llm.stream(PROMPTS[1], GREEDY))
+    assert sum((piece.token_ids for piece in pieces), ()) == llm.generate(PROMPTS[1], GREEDY)[0].token_ids
+    assert [piece.finish_reason for piece in pieces] == [None] * 7 + ["length"]
+
+    stream = llm.stream(PROMPTS[2], GREEDY)
+    next(stream)
+    stream.close()
+
+    assert not llm.engine.has_work
+    assert llm.engine.scheduler.manager.statistics().num_used == 0
+
+
+def test_two_streams_and_a_batch_run_in_the_same_steps(model: Any) -> None:
+    llm = make_llm(model)
+    expected = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    first = [next(stream).token_ids for stream in streams]
+
+    batch = llm.generate(PROMPTS[2], GREEDY)
+
+    rest = [sum((piece.token_ids for piece in stream), ()) for stream in streams]
+    assert [one + more for one, more in zip(first, rest, strict=True)] == expected[:2]
+    assert batch[0].token_ids == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], GREEDY, "1 to"),
+        ([[]], GREEDY, "at least one token"),
+        ([1, 2, 160], GREEDY, "tokens 0..159, the prompt holds 160"),
+        ([1, -2], GREEDY, "prompt"),
+        ("text", GREEDY, "needs a tokenizer"),
+        ([1, 2], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        ([1] * 500, SamplingParams(max_tokens=13), "exceed the model's 512 positions"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(model: Any, prompt: Any, params: Any, message: str) -> None:
+    if prompt == []:
+        return
+    llm = make_llm(model)
+
+    with pytest.raises(InvalidArgumentError, match=message):
+        llm.generate(prompt, params)
+
+    assert not llm.engine.has_work
+
+
+def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: Any) -> None:
+    llm = make_llm(model, num_blocks=8)
+
+    with pytest.raises(RequestTooLargeError, match="blocks"):
+        llm.generate([PROMPTS[0], PROMPTS[2]], SamplingParams(max_tokens=20, temperature=0))
+
+    assert not llm.engine.has_work
+    assert llm.generate(PROMPTS[0], GREEDY)[0].finish_reason == "length"
+
+
+def test_numbers_of_params_and_prompts_must_agree(model: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="3 prompts need as many SamplingParams, or one, found 2"):
+        make_llm(model).generate(PROMPTS, [GREEDY, GREEDY])
+
+
+def test_a_closed_llm_takes_nothing_and_closing_twice_is_fine(model: Any) -> None:
+    llm = make_llm(model)
+    llm.close()
+    llm.close()
+
+    with pytest.raises(EngineClosedError, match="closed"):
+        llm.generate(PROMPTS, GREEDY)
+
+
+# Memory
+
+
+def test_memory_in_bytes_gives_as_many_blocks_as_fit(model: Any) -> None:
+    llm = make_llm(model, num_blocks=None, kv_memory="1MiB")
+
+    # 2 layers x 2 heads x (16 + 16) x 4 bytes = 512 bytes a token, four tokens a block
+    assert llm.engine.scheduler.manager.config.num_blocks == 2**20 // 2048
+
+
+def test_without_a_word_it_takes_what_full_seats_need_at_most(model: Any) -> None:
+    llm = make_llm(model, num_blocks=None, max_num_running=8)
+
+    assert llm.engine.scheduler.manager.config.num_blocks == 8 * 128
+
+
+def test_memory_that_is_not_there_is_refused_with_the_arithmetic(model: Any) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"kv_memory of 1048576.00 GiB does not fit: .* GiB are free"):
+        make_llm(model, num_blocks=None, kv_memory="1024TiB")
+    with pytest.raises(MemoryBudgetError, match="1000 bytes hold no block: one takes 2048 bytes"):
+        make_llm(model, num_blocks=None, kv_memory=1000)
+    with pytest.raises(InvalidArgumentError, match="share must be above 0 and at most 1, found 1"):
+        make_llm(model, num_blocks=None, kv_memory=1.5)
+    with pytest.raises(InvalidArgumentError, match="\"4GiB\", found '4 gigs'"):
+        make_llm(model, num_blocks=None, kv_memory="4 gigs")
+    with pytest.raises(ConfigError, match="say the same thing twice"):
+        make_llm(model, kv_memory="1MiB")
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "int4"])
+def test_a_quantised_cache_stays_near_the_models_own_tokens(model: Any, kv_dtype: str) -> None:
+    exact = make_llm(model).generate(PROMPTS, SamplingParams(max_tokens=1, temperature=0, logprobs=0))
+    quantised = make_llm(model, kv_dtype=kv_dtype).generate(
+        PROMPTS, SamplingParams(max_tokens=1, temperature=0, logprobs=0)
+    )
+
+    differences = [
+        abs(a.completions[0].logprobs[0].logprob - b.completions[0].logprobs[0].logprob)
+        for a, b in zip(exact, quantised, strict=True)
+    ]
+    assert 0 < max(differences) < {"int8": 0.1, "float8_e4m3fn": 1.0, "float8_e5m2": 2.0, "int4": 2.0}[kv_dtype]
+
+
+# Models
+
+
+def tiny(config_name: str, model_name: str, **options: Any) -> Any:
+    return getattr(transformers, model_name)(getattr(transformers, config_name)(**options)).eval()
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    model = tiny(
+        "T5Config", "T5ForConditionalGeneration", num_layers=1, d_model=16, d_ff=16, num_heads=2, vocab_size=32
+    )
+
+    with pytest.raises(
+        UnsupportedModelError, match="T5ForConditionalGeneration cannot be served: it is an encoder-decoder"
+    ):
+        LLM(model)
+
+
+def test_state_space_layers_are_refused_by_name() -> None:
+    model = tiny("MambaConfig", "MambaForCausalLM", num_hidden_layers=1, hidden_size=16, state_size=4, vocab_size=32)
+
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM cannot be served: it has layers of type 'linear"):
+        LLM(model)
+
+
+def test_attention_of_its_own_is_refused_by_name() -> None:
+    model = tiny("MptConfig", "MptForCausalLM", n_layers=1, d_model=32, n_heads=2, vocab_size=32, max_seq_len=32)
+
+    with pytest.raises(UnsupportedModelError, match="MptForCausalLM cannot be served"):
+        LLM(model)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear cannot be served: it is no causal language model"):
+        LLM(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_model_that_computes_something_else_by_itself_is_found_out(model: Any) -> None:
+    odd = make_model("llama", seed=1)
+    layer = odd.model.layers[1].self_attn
+    forward = type(layer).forward
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        if odd.config._attn_implementation != "pagedkv":
+            kwargs["hidden_states"] = kwargs["hidden_states"] * 1.5
+        return forward(layer, *args, **kwargs)
+
+    layer.forward = shifted
+
+    with pytest.raises(UnsupportedModelError, match="its logits differ from its own by"):
+        LLM(odd, num_blocks=8)
