@@ -88,8 +88,9 @@ def backend_named(name: str) -> Backend:
 
 def pick_for_device(device: torch.device) -> Backend:
     """The first backend, in order of preference, that runs on `device`."""
+    device_type = device.type
     for backend in _registry().values():
-        if backend.runs_on(device.type) and backend.unavailable() is None:
+        if backend.runs_on(device_type) and backend.unavailable() is None:
             return backend
     raise AttentionArgumentError(f"no backend runs on {device}")  # pragma: no cover - the reference runs everywhere
 
@@ -99,19 +100,20 @@ def pick_backend(features: Features, name: str | None, *, for_write: bool = Fals
 
     Raises BackendUnsupportedError, naming what it cannot do.
     """
-    candidates = [backend_named(name)] if name is not None else list(_registry().values())
-    for backend in candidates:
-        refusal = None
-        if not backend.runs_on(features.device.type):
-            refusal = f"it does not run on {features.device.type}"
-        elif name is None and backend.unavailable() is not None:
-            continue
-        if refusal is None:
-            refusal = backend.refuses_write(features) if for_write else backend.refuses(features)
-        if refusal is None:
-            return backend
-        if name is not None:
+    device_type = features.device.type
+    if name is not None:
+        backend = backend_named(name)
+        if not backend.runs_on(device_type):
+            raise BackendUnsupportedError(name, f"it does not run on {device_type}")
+        refusal = backend.refuses_write(features) if for_write else backend.refuses(features)
+        if refusal is not None:
             raise BackendUnsupportedError(name, refusal)
+        return backend
+    for backend in _registry().values():
+        if not backend.runs_on(device_type) or backend.unavailable() is not None:
+            continue
+        if (backend.refuses_write(features) if for_write else backend.refuses(features)) is None:
+            return backend
     raise BackendUnsupportedError(
         "reference", "no backend can do this"
     )  # pragma: no cover - the reference does everything

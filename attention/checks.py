@@ -54,15 +54,20 @@ def attention_features(
     out: Tensor | None,
 ) -> Features:
     """Check what can be seen without reading a value, and say what the call asks of a backend. O(1)."""
-    _expect(query.ndim == 3, "query must be (tokens, q_heads, head_dim)", query)
-    _expect(query.is_floating_point() and format_of(query.dtype) is CacheFormat.FLOAT, "query must be of floats", query)
-    cache_format = _check_cache("key_cache", key_cache, query.device)
-    _check_cache("value_cache", value_cache, query.device)
-    num_tokens, num_q_heads, head_dim = query.shape
-    num_blocks, block_size, num_kv_heads, stored_dim = key_cache.shape
-    if cache_format is CacheFormat.FLOAT and key_cache.dtype != query.dtype:
-        raise AttentionArgumentError(f"key_cache is {key_cache.dtype}, query is {query.dtype}: they must agree")
-    if value_cache.dtype != key_cache.dtype or value_cache.shape[:3] != key_cache.shape[:3]:
+    # A layer pays for these lines at every step, so each attribute of a tensor is read once and messages are put
+    # together only where something is wrong.
+    device, dtype, shape = query.device, query.dtype, query.shape
+    if len(shape) != 3:
+        raise _misfit("query must be (tokens, q_heads, head_dim)", query)
+    if format_of(dtype) is not CacheFormat.FLOAT:
+        raise _misfit("query must be of floats", query)
+    num_tokens, num_q_heads, head_dim = shape
+    cache_format, cache_shape = _check_cache("key_cache", key_cache, device)
+    _, value_shape = _check_cache("value_cache", value_cache, device)
+    _, block_size, num_kv_heads, stored_dim = cache_shape
+    if cache_format is CacheFormat.FLOAT and key_cache.dtype != dtype:
+        raise AttentionArgumentError(f"key_cache is {key_cache.dtype}, query is {dtype}: they must agree")
+    if value_cache.dtype != key_cache.dtype or value_shape[:3] != cache_shape[:3]:
         raise AttentionArgumentError(
             "value_cache must agree with key_cache in dtype, blocks, block_size and kv_heads: "
             f"{_looks(value_cache)} against {_looks(key_cache)}"
@@ -72,40 +77,41 @@ def attention_features(
         raise AttentionArgumentError(f"key_cache holds heads of {stored_dim * packing}, query has {head_dim}")
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
         raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
-    value_dim = value_cache.shape[3] * packing
+    value_dim = value_shape[3] * packing
     for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise AttentionArgumentError(f"{name} must be in 1..{MAX_HEAD_DIM}, found {dim}")
-    _check_indices("block_tables", block_tables, 2, query.device)
-    _check_indices("seq_lens", seq_lens, 1, query.device)
-    _check_indices("query_start_loc", query_start_loc, 1, query.device)
-    num_seqs = seq_lens.shape[0]
-    if block_tables.shape[0] != num_seqs or query_start_loc.shape[0] != num_seqs + 1:
+    num_tables, _ = _check_indices("block_tables", block_tables, 2, device)
+    (num_seqs,) = _check_indices("seq_lens", seq_lens, 1, device)
+    (num_starts,) = _check_indices("query_start_loc", query_start_loc, 1, device)
+    if num_tables != num_seqs or num_starts != num_seqs + 1:
         raise AttentionArgumentError(
             f"{num_seqs} seq_lens need as many rows of block_tables and one more query_start_loc, "
-            f"found {block_tables.shape[0]} and {query_start_loc.shape[0]}"
+            f"found {num_tables} and {num_starts}"
         )
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if per_head is not None:
-            _expect(per_head.shape == (num_q_heads,), f"{name} must be ({num_q_heads},)", per_head)
-            _expect(per_head.dtype == torch.float32, f"{name} must be float32", per_head)
-            _check_device(name, per_head, query.device)
+            if per_head.shape != (num_q_heads,):
+                raise _misfit(f"{name} must be ({num_q_heads},)", per_head)
+            if per_head.dtype != torch.float32:
+                raise _misfit(f"{name} must be float32", per_head)
+            _check_device(name, per_head, device)
     if tree_mask is not None:
-        _expect(
-            tree_mask.ndim == 2 and tree_mask.shape[0] == num_tokens, "tree_mask must be (tokens, words)", tree_mask
-        )
-        _expect(tree_mask.dtype == torch.int32, "tree_mask must be int32", tree_mask)
-        _check_device("tree_mask", tree_mask, query.device)
-    shape = (num_blocks, block_size, num_kv_heads)
-    _check_scale("k_scale", k_scale, cache_format, shape, head_dim, query.device)
-    _check_scale("v_scale", v_scale, cache_format, shape, value_dim, query.device)
+        if tree_mask.ndim != 2 or tree_mask.shape[0] != num_tokens:
+            raise _misfit("tree_mask must be (tokens, words)", tree_mask)
+        if tree_mask.dtype != torch.int32:
+            raise _misfit("tree_mask must be int32", tree_mask)
+        _check_device("tree_mask", tree_mask, device)
+    _check_scale("k_scale", k_scale, cache_format, cache_shape, head_dim, device)
+    _check_scale("v_scale", v_scale, cache_format, cache_shape, value_dim, device)
     if out is not None:
         wanted = (num_tokens, num_q_heads, value_dim)
-        _expect(out.shape == wanted and out.dtype == query.dtype, f"out must be {wanted} {query.dtype}", out)
-        _check_device("out", out, query.device)
+        if out.shape != wanted or out.dtype != dtype:
+            raise _misfit(f"out must be {wanted} {dtype}", out)
+        _check_device("out", out, device)
     return Features(
-        device=query.device,
-        dtype=query.dtype,
+        device=device,
+        dtype=dtype,
         cache_format=cache_format,
         block_size=block_size,
         num_q_heads=num_q_heads,
@@ -129,49 +135,64 @@ def check_write(
     """Check a write, but for the values of `slot_mapping`. O(1)."""
     if (value is None) != (value_cache is None):
         raise AttentionArgumentError("value and value_cache are given both or, for a latent cache, neither")
-    cache_format = CacheFormat.FLOAT
-    for name, new, cache, scale in (("key", key, key_cache, k_scale), ("value", value, value_cache, v_scale)):
-        if new is None or cache is None:
-            continue
-        cache_format = _check_cache(f"{name}_cache", cache, key.device)
-        _expect(new.ndim == 3, f"{name} must be (tokens, kv_heads, head_dim)", new)
-        _expect(format_of(new.dtype) is CacheFormat.FLOAT, f"{name} must be of floats", new)
-        _expect(new.dtype == key.dtype, f"{name} must be {key.dtype}, as key is", new)
-        _check_device(name, new, key.device)
-        packing = 2 if cache_format is CacheFormat.INT4 else 1
-        if new.shape[0] != key.shape[0] or new.shape[1:] != (cache.shape[2], cache.shape[3] * packing):
+    device, dtype, shape = key.device, key.dtype, key.shape
+    cache_format, cache_shape = _check_cache("key_cache", key_cache, device)
+    _check_new("key", key, key_cache, cache_format, k_scale, key)
+    value_dim = 0
+    if value is not None and value_cache is not None:
+        value_format, value_shape = _check_cache("value_cache", value_cache, device)
+        _check_new("value", value, value_cache, value_format, v_scale, key)
+        value_dim = value.shape[2]
+        if value_cache.dtype != key_cache.dtype or value_shape[:3] != cache_shape[:3]:
             raise AttentionArgumentError(
-                f"{name} {tuple(new.shape)} does not fit {key.shape[0]} tokens and {name}_cache {tuple(cache.shape)}"
+                f"value_cache {_looks(value_cache)} does not match key_cache {_looks(key_cache)}"
             )
-        if cache_format is CacheFormat.FLOAT and new.dtype != cache.dtype:
-            raise AttentionArgumentError(f"{name} is {new.dtype}, {name}_cache is {cache.dtype}: they must agree")
-        _check_scale(f"{name[0]}_scale", scale, cache_format, tuple(cache.shape[:3]), new.shape[2], key.device)
-    if value_cache is not None and (
-        value_cache.dtype != key_cache.dtype or value_cache.shape[:3] != key_cache.shape[:3]
-    ):
-        raise AttentionArgumentError(f"value_cache {_looks(value_cache)} does not match key_cache {_looks(key_cache)}")
-    _expect(slot_mapping.shape == (key.shape[0],), f"slot_mapping must be ({key.shape[0]},)", slot_mapping)
-    _expect(slot_mapping.dtype == torch.int64, "slot_mapping must be int64", slot_mapping)
-    _check_device("slot_mapping", slot_mapping, key.device)
+    if slot_mapping.shape != shape[:1]:
+        raise _misfit(f"slot_mapping must be ({shape[0]},)", slot_mapping)
+    if slot_mapping.dtype != torch.int64:
+        raise _misfit("slot_mapping must be int64", slot_mapping)
+    _check_device("slot_mapping", slot_mapping, device)
     return Features(
-        device=key.device,
-        dtype=key.dtype,
+        device=device,
+        dtype=dtype,
         cache_format=cache_format,
-        block_size=key_cache.shape[1],
-        num_q_heads=key.shape[1],
-        num_kv_heads=key.shape[1],
-        head_dim=key.shape[2],
-        value_dim=0 if value is None else value.shape[2],
+        block_size=cache_shape[1],
+        num_q_heads=shape[1],
+        num_kv_heads=shape[1],
+        head_dim=shape[2],
+        value_dim=value_dim,
     )
+
+
+def _check_new(
+    name: str, new: Tensor, cache: Tensor, cache_format: CacheFormat, scale: Tensor | None, key: Tensor
+) -> None:
+    """Check keys or values that are to be written to a cache which has been checked."""
+    dtype, shape, cache_shape = new.dtype, new.shape, cache.shape
+    if len(shape) != 3:
+        raise _misfit(f"{name} must be (tokens, kv_heads, head_dim)", new)
+    if format_of(dtype) is not CacheFormat.FLOAT:
+        raise _misfit(f"{name} must be of floats", new)
+    if dtype != key.dtype:
+        raise _misfit(f"{name} must be {key.dtype}, as key is", new)
+    _check_device(name, new, key.device)
+    num_tokens, num_heads, dim = shape
+    packing = 2 if cache_format is CacheFormat.INT4 else 1
+    if num_tokens != key.shape[0] or num_heads != cache_shape[2] or dim != cache_shape[3] * packing:
+        raise AttentionArgumentError(
+            f"{name} {tuple(shape)} does not fit {key.shape[0]} tokens and {name}_cache {tuple(cache_shape)}"
+        )
+    if cache_format is CacheFormat.FLOAT and dtype != cache.dtype:
+        raise AttentionArgumentError(f"{name} is {dtype}, {name}_cache is {cache.dtype}: they must agree")
+    _check_scale(f"{name[0]}_scale", scale, cache_format, cache_shape, dim, key.device)
 
 
 def _looks(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _expect(holds: bool, rule: str, tensor: Tensor) -> None:
-    if not holds:
-        raise AttentionArgumentError(f"{rule}, found {_looks(tensor)}")
+def _misfit(rule: str, tensor: Tensor) -> AttentionArgumentError:
+    return AttentionArgumentError(f"{rule}, found {_looks(tensor)}")
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -179,29 +200,36 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise AttentionArgumentError(f"{name} is on {tensor.device}, expected {device}")
 
 
-def _check_indices(name: str, tensor: Tensor, ndim: int, device: torch.device) -> None:
-    _expect(tensor.ndim == ndim and tensor.dtype == torch.int32, f"{name} must be {ndim}-D int32", tensor)
+def _check_indices(name: str, tensor: Tensor, ndim: int, device: torch.device) -> torch.Size:
+    """The shape."""
+    shape = tensor.shape
+    if len(shape) != ndim or tensor.dtype != torch.int32:
+        raise _misfit(f"{name} must be {ndim}-D int32", tensor)
     _check_device(name, tensor, device)
+    return shape
 
 
-def _check_cache(name: str, cache: Tensor, device: torch.device) -> CacheFormat:
-    _expect(cache.ndim == 4, f"{name} must be (blocks, block_size, kv_heads, head_dim)", cache)
+def _check_cache(name: str, cache: Tensor, device: torch.device) -> tuple[CacheFormat, torch.Size]:
+    """The format and the shape."""
+    shape = cache.shape
+    if len(shape) != 4:
+        raise _misfit(f"{name} must be (blocks, block_size, kv_heads, head_dim)", cache)
     _check_device(name, cache, device)
     cache_format = format_of(cache.dtype)
     if cache_format is None:
         raise AttentionArgumentError(f"{name} is {cache.dtype}, which is no cache format")
-    if not 1 <= cache.shape[1] <= MAX_BLOCK_SIZE:
-        raise AttentionArgumentError(f"{name} has blocks of {cache.shape[1]}, supported are 1..{MAX_BLOCK_SIZE}")
-    if cache.stride(3) != 1 and cache.shape[3] != 1:
+    if not 1 <= shape[1] <= MAX_BLOCK_SIZE:
+        raise AttentionArgumentError(f"{name} has blocks of {shape[1]}, supported are 1..{MAX_BLOCK_SIZE}")
+    if cache.stride(3) != 1 and shape[3] != 1:
         raise AttentionArgumentError(f"{name} must be contiguous within a head, found strides {cache.stride()}")
-    return cache_format
+    return cache_format, shape
 
 
 def _check_scale(
     name: str,
     scale: Tensor | None,
     cache_format: CacheFormat,
-    cache_shape: tuple[int, ...],
+    cache_shape: torch.Size,
     head_dim: int,
     device: torch.device,
 ) -> None:
@@ -215,21 +243,24 @@ def _check_scale(
             return
         raise AttentionArgumentError(f"an {cache_format.value} cache needs {name}")
     _check_device(name, scale, device)
+    per_token = tuple(cache_shape[:3])
     if cache_format is CacheFormat.INT4:
         groups = scale.shape[3] if scale.ndim == 5 else 0
-        fits = scale.ndim == 5 and scale.shape[:3] == cache_shape and scale.shape[4] == 2
+        fits = scale.ndim == 5 and scale.shape[:3] == per_token and scale.shape[4] == 2
         if not fits or groups < 1 or head_dim % groups or (head_dim // groups) % 2:
             raise AttentionArgumentError(
-                f"{name} of an int4 cache must be {(*cache_shape, 'groups', 2)} with groups of an even number of the "
+                f"{name} of an int4 cache must be {(*per_token, 'groups', 2)} with groups of an even number of the "
                 f"{head_dim} channels, found {tuple(scale.shape)}"
             )
-        _expect(scale.dtype == torch.bfloat16, f"{name} of an int4 cache must be bfloat16", scale)
+        if scale.dtype != torch.bfloat16:
+            raise _misfit(f"{name} of an int4 cache must be bfloat16", scale)
         # Kernels walk a head's groups in memory.
         if scale.stride(4) != 1 or (groups > 1 and scale.stride(3) != 2):
             raise AttentionArgumentError(f"{name} must be contiguous within a head, found strides {scale.stride()}")
         return
-    _expect(scale.dtype == torch.float32, f"{name} must be float32", scale)
-    allowed = ((), (cache_shape[2],)) if is_fp8 else (cache_shape,)
+    if scale.dtype != torch.float32:
+        raise _misfit(f"{name} must be float32", scale)
+    allowed = ((), (cache_shape[2],)) if is_fp8 else (per_token,)
     if tuple(scale.shape) not in allowed:
         wanted = " or ".join(str(shape) for shape in allowed)
         raise AttentionArgumentError(

@@ -16,6 +16,10 @@ from pagedkv.attention.step_plan import AttentionPlan
 
 __all__ = ["paged_attention", "write_kv"]
 
+# With the overload named, torch need not look for it at each call.
+_ATTEND = torch.ops.pagedkv.paged_attention.default
+_WRITE = torch.ops.pagedkv.write_kv.default
+
 
 @overload
 def paged_attention(
@@ -144,13 +148,13 @@ def paged_attention(
         backend = plan.backend
     chosen = pick_backend(features, backend)
     if out is None:
-        out = query.new_empty((query.shape[0], query.shape[1], features.value_dim))
+        out = query.new_empty(query.shape[0], features.num_q_heads, features.value_dim)
     lse = None
     if return_lse:
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_empty(query.shape[:2], dtype=lse_dtype)
     tasks, merges, counts = (None, None, []) if plan is None else (plan.tasks, plan.merges, plan.counts.as_list())
-    torch.ops.pagedkv.paged_attention(
+    _ATTEND(
         out,
         lse,
         query,
@@ -225,6 +229,4 @@ def write_kv(
     """
     features = check_write(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     chosen = pick_backend(features, backend, for_write=True)
-    torch.ops.pagedkv.write_kv(
-        key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, check_slots, chosen.name
-    )
+    _WRITE(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, check_slots, chosen.name)

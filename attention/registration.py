@@ -55,9 +55,9 @@ def _run_attention(
 ) -> None:
     if tasks is None or merges is None:
         lengths, starts = seq_lens.numpy(force=True), query_start_loc.numpy(force=True)
-        check_lengths(lengths, starts, query.shape[0])
+        max_query_len = check_lengths(lengths, starts, query.shape[0])
         if tree_mask is not None:
-            check_tree_mask(tree_mask, int((starts[1:] - starts[:-1]).max(initial=0)))
+            check_tree_mask(tree_mask, max_query_len)
         check_block_tables(
             block_tables.numpy(force=True),
             lengths,
@@ -116,7 +116,7 @@ def _run_write(
 ) -> None:
     if check_slots and slot_mapping.numel():
         num_slots = key_cache.shape[0] * key_cache.shape[1]
-        lowest, highest = (int(bound) for bound in torch.aminmax(slot_mapping))
+        lowest, highest = (bound.item() for bound in torch.aminmax(slot_mapping))
         if lowest < -1 or highest >= num_slots:
             raise AttentionArgumentError(f"slot_mapping must be in -1..{num_slots - 1}, found {lowest}..{highest}")
     backend_named(backend).write(WriteCall(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale))

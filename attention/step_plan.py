@@ -15,6 +15,9 @@ from pagedkv.attention.partition import Int32s, PlanCounts, make_plan
 
 __all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "plan"]
 
+# The usual step has none: one tensor of no elements serves all of their plans.
+_NO_MERGES = torch.empty((4, 0), dtype=torch.int32, device="cpu")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
@@ -58,8 +61,8 @@ class AttentionPlan:
         )
         if mine != others or self.backend != other.backend or self.tasks.shape != other.tasks.shape:
             raise AttentionArgumentError(f"a plan of {mine} cannot take over one of {others}: were both of fixed_size?")
-        self.tasks.copy_(other.tasks)
-        self.merges.copy_(other.merges)
+        self.tasks.copy_(other.tasks, non_blocking=True)
+        self.merges.copy_(other.merges, non_blocking=True)
 
 
 def plan(
@@ -92,7 +95,7 @@ def plan(
         raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
     lengths, starts = _on_host("seq_lens", seq_lens, 1), _on_host("query_start_loc", query_start_loc, 1)
     sides = checked_window(window)
-    check_lengths(lengths, starts, None)
+    max_query_len = check_lengths(lengths, starts, None)
     if not (block_tables is None) == (num_blocks is None) == (block_size is None):
         raise AttentionArgumentError("block_tables, num_blocks and block_size are given together or not at all")
     if block_tables is not None and num_blocks is not None and block_size is not None:
@@ -110,12 +113,12 @@ def plan(
         fixed_size=fixed_size,
     )
     return AttentionPlan(
-        tasks=torch.from_numpy(tasks).to(device),
-        merges=torch.from_numpy(merges).to(device),
+        tasks=_on_device(tasks, device),
+        merges=_on_device(merges, device) if merges.size else _NO_MERGES.to(device),
         counts=counts,
         num_seqs=len(lengths),
         num_tokens=int(starts[-1]),
-        max_query_len=int((starts[1:] - starts[:-1]).max(initial=0)),
+        max_query_len=max_query_len,
         heads=(num_q_heads, num_kv_heads),
         causal=causal,
         window=sides,
@@ -131,20 +134,32 @@ def _on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
     return array
 
 
-def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | None) -> None:
-    """Raise AttentionArgumentError unless the lengths are those of a batch. O(num_seqs)."""
+def _on_device(array: Int32s, device: torch.device) -> Tensor:
+    # `to` takes half a microsecond even where there is nothing to do.
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | None) -> int:
+    """The most query tokens that a sequence has. O(num_seqs).
+
+    Raises AttentionArgumentError unless the lengths are those of a batch.
+    """
     if len(query_start_loc) != len(seq_lens) + 1:
         raise AttentionArgumentError(
             f"query_start_loc must have one more entry than seq_lens ({len(seq_lens)}), found {len(query_start_loc)}"
         )
-    if len(seq_lens) and int(seq_lens.min()) < 0:
+    # argmin, argmax and count_nonzero take a fifth of the time of min, max and any on arrays this short.
+    if len(seq_lens) and seq_lens[seq_lens.argmin()] < 0:
         raise AttentionArgumentError(f"seq_lens must not be negative, found {int(seq_lens.min())}")
-    if int(query_start_loc[0]) != 0 or (query_start_loc[1:] < query_start_loc[:-1]).any():
+    if query_start_loc[0] != 0 or np.count_nonzero(query_start_loc[1:] < query_start_loc[:-1]):
         raise AttentionArgumentError("query_start_loc must start with 0 and never fall")
     if num_tokens is not None and int(query_start_loc[-1]) != num_tokens:
         raise AttentionArgumentError(
             f"query_start_loc must end with the number of query tokens ({num_tokens}), found {int(query_start_loc[-1])}"
         )
+    num_queries = query_start_loc[1:] - query_start_loc[:-1]
+    return int(num_queries[num_queries.argmax()]) if len(num_queries) else 0
 
 
 def check_block_tables(

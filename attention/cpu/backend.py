@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,18 +11,20 @@ from torch import Tensor
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
 from pagedkv.attention.cpu.build import KernelBuildError, find_kernel
 from pagedkv.attention.cpu.library import AttentionCallC, CacheC, Kernel, WriteCallC
-from pagedkv.attention.formats import CacheFormat, format_of
 from pagedkv.attention.partition import Partition
 
 __all__ = ["CPUBackend"]
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# By the cache's dtype; an Enum as a key takes five times as long.
 _FORMATS = {
-    CacheFormat.FLOAT: 0,
-    CacheFormat.FP8_E4M3: 1,
-    CacheFormat.FP8_E5M2: 2,
-    CacheFormat.INT8: 3,
-    CacheFormat.INT4: 4,
+    torch.float32: 0,
+    torch.float16: 0,
+    torch.bfloat16: 0,
+    torch.float8_e4m3fn: 1,
+    torch.float8_e5m2: 2,
+    torch.int8: 3,
+    torch.uint8: 4,
 }
 # Query rows of a prefill task: enough to make laying out a tile of keys cheap, few enough that their sums stay in L2.
 PREFILL_ROWS = 256
@@ -78,13 +81,7 @@ class CPUBackend:
 
     def partition(self, num_q_heads: int, num_kv_heads: int, device: torch.device) -> Partition:
         """As many workers as torch has threads; tiles of about PREFILL_ROWS rows."""
-        group = num_q_heads // num_kv_heads
-        return Partition(
-            num_workers=torch.get_num_threads(),
-            max_decode_rows=max(MAX_DECODE_ROWS, group),
-            query_tile=max(PREFILL_ROWS // group, 1),
-            min_split=MIN_SPLIT,
-        )
+        return _partition(torch.get_num_threads(), num_q_heads // num_kv_heads)
 
     def describe(self) -> str:
         """The instruction set, and whose threads."""
@@ -94,100 +91,117 @@ class CPUBackend:
 
     def attend(self, call: AttentionCall) -> None:
         """Hand the call over by address. Small tensors that are not contiguous are copied first."""
-        num_q_heads, value_dim = call.out.shape[1:]
         counts = call.counts
         # Kept in variables until the kernel is done: it sees only addresses.
-        query = call.query if call.query.stride(2) == 1 else call.query.contiguous()
-        out = call.out if call.out.stride(2) == 1 else call.out.new_empty(call.out.shape)
-        tables = call.block_tables if call.block_tables.stride(1) == 1 else call.block_tables.contiguous()
+        query, query_strides = _with_contiguous_rows(call.query)
+        out = call.out
+        out_strides = out.stride()
+        if out_strides[2] != 1:
+            out = out.new_empty(out.shape)
+            out_strides = out.stride()
+        _, num_q_heads, value_dim = out.shape
+        _, block_size, num_kv_heads, _ = call.key_cache.shape
+        tables, table_strides = _with_contiguous_rows(call.block_tables)
         lengths, starts = call.seq_lens.contiguous(), call.query_start_loc.contiguous()
         tasks, merges = call.tasks.contiguous(), call.merges.contiguous()
-        optional = [None if x is None else x.contiguous() for x in (call.tree_mask, call.sinks, call.alibi_slopes)]
-        tree_mask, sinks, slopes = optional
-        partial = torch.empty(counts.num_partial_tokens * num_q_heads * (value_dim + 1), dtype=torch.float32)
-        c = AttentionCallC(
-            query=query.data_ptr(),
-            key=_cache(call.key_cache, call.k_scale),
-            value=_cache(call.value_cache, call.v_scale),
-            block_tables=tables.data_ptr(),
-            seq_lens=lengths.data_ptr(),
-            query_start_loc=starts.data_ptr(),
-            tasks=tasks.data_ptr(),
-            merges=merges.data_ptr(),
-            tree_mask=_address(tree_mask),
-            sinks=_address(sinks),
-            alibi_slopes=_address(slopes),
-            out=out.data_ptr(),
-            lse=_address(call.lse),
-            partial_out=partial.data_ptr(),
-            partial_lse=partial.data_ptr() + 4 * counts.num_partial_tokens * num_q_heads * value_dim,
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            table_stride=tables.stride(0),
-            num_tasks=tasks.shape[1],
-            num_decode_tasks=counts.num_decode_tasks,
-            num_merges=merges.shape[1],
-            num_partial_tokens=counts.num_partial_tokens,
-            num_q_heads=num_q_heads,
-            num_kv_heads=call.key_cache.shape[2],
-            block_size=call.key_cache.shape[1],
-            tree_words=0 if tree_mask is None else tree_mask.shape[1],
-            window_left=call.window_left,
-            window_right=call.window_right,
-            dtype=_DTYPES[query.dtype],
-            format=_format(call.key_cache),
-            causal=call.causal,
-            scale=call.scale,
-            softcap=call.softcap,
-        )
+        tree_mask, sinks, slopes = _contiguous(call.tree_mask), _contiguous(call.sinks), _contiguous(call.alibi_slopes)
+        num_partials = counts.num_partial_tokens * num_q_heads
+        partial = torch.empty(num_partials * (value_dim + 1), dtype=torch.float32) if num_partials else None
+        # Filled anew for each call: nothing is kept from which an old address could come back, or that threads share.
+        # Field by field: keywords for all of them take 1 us more.
+        c = AttentionCallC()
+        _fill_cache(c.key, call.key_cache, call.k_scale)
+        _fill_cache(c.value, call.value_cache, call.v_scale)
+        c.query = query.data_ptr()
+        c.block_tables = tables.data_ptr()
+        c.seq_lens = lengths.data_ptr()
+        c.query_start_loc = starts.data_ptr()
+        c.tasks = tasks.data_ptr()
+        c.merges = merges.data_ptr()
+        c.tree_mask = _address(tree_mask)
+        c.sinks = _address(sinks)
+        c.alibi_slopes = _address(slopes)
+        c.out = out.data_ptr()
+        c.lse = _address(call.lse)
+        if partial is not None:
+            c.partial_out = partial.data_ptr()
+            c.partial_lse = partial.data_ptr() + 4 * num_partials * value_dim
+        c.query_token_stride, c.query_head_stride, _ = query_strides
+        c.out_token_stride, c.out_head_stride, _ = out_strides
+        c.table_stride = table_strides[0]
+        c.num_tasks = tasks.shape[1]
+        c.num_decode_tasks = counts.num_decode_tasks
+        c.num_merges = merges.shape[1]
+        c.num_partial_tokens = counts.num_partial_tokens
+        c.num_q_heads = num_q_heads
+        c.num_kv_heads = num_kv_heads
+        c.block_size = block_size
+        c.tree_words = 0 if tree_mask is None else tree_mask.shape[1]
+        c.window_left = call.window_left
+        c.window_right = call.window_right
+        c.dtype = _DTYPES[query.dtype]
+        c.format = _FORMATS[call.key_cache.dtype]
+        c.causal = call.causal
+        c.scale = call.scale
+        c.softcap = call.softcap
         self.kernel.attend(c, torch.get_num_threads())
         if out is not call.out:
             call.out.copy_(out)
 
     def write(self, call: WriteCall) -> None:
         """Hand the write over by address."""
-        key = call.key if call.key.stride(2) == 1 else call.key.contiguous()
-        value = call.value if call.value is None or call.value.stride(2) == 1 else call.value.contiguous()
         slots = call.slot_mapping.contiguous()
-        c = WriteCallC(
-            slots=slots.data_ptr(),
-            num_tokens=key.shape[0],
-            num_kv_heads=key.shape[1],
-            block_size=call.key_cache.shape[1],
-            dtype=_DTYPES[key.dtype],
-            format=_format(call.key_cache),
-        )
-        both = ((key, call.key_cache, call.k_scale), (value, call.value_cache, call.v_scale))
-        for i, (source, cache, scale) in enumerate(both):
-            if source is not None and cache is not None:
-                c.source[i] = source.data_ptr()
-                c.cache[i] = _cache(cache, scale)
-                c.token_stride[i], c.head_stride[i] = source.stride(0), source.stride(1)
+        key, key_strides = _with_contiguous_rows(call.key)
+        c = WriteCallC()
+        c.slots = slots.data_ptr()
+        c.num_tokens, c.num_kv_heads, _ = key.shape
+        c.block_size = call.key_cache.shape[1]
+        c.dtype = _DTYPES[key.dtype]
+        c.format = _FORMATS[call.key_cache.dtype]
+        sources, caches, token_strides, head_strides = c.source, c.cache, c.token_stride, c.head_stride
+        sources[0] = key.data_ptr()
+        _fill_cache(caches[0], call.key_cache, call.k_scale)
+        token_strides[0], head_strides[0], _ = key_strides
+        if call.value is not None and call.value_cache is not None:
+            value, value_strides = _with_contiguous_rows(call.value)
+            sources[1] = value.data_ptr()
+            _fill_cache(caches[1], call.value_cache, call.v_scale)
+            token_strides[1], head_strides[1], _ = value_strides
         self.kernel.write(c, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _partition(num_workers: int, group: int) -> Partition:
+    return Partition(
+        num_workers=num_workers,
+        max_decode_rows=max(MAX_DECODE_ROWS, group),
+        query_tile=max(PREFILL_ROWS // group, 1),
+        min_split=MIN_SPLIT,
+    )
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _format(cache: Tensor) -> int:
-    cache_format = format_of(cache.dtype)
-    if cache_format is None:
-        raise TypeError(f"{cache.dtype} is no cache format")
-    return _FORMATS[cache_format]
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
-def _cache(cache: Tensor, scale: Tensor | None) -> CacheC:
+def _with_contiguous_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The tensor, or a copy of it, with a last stride of 1; and its strides."""
+    strides = tensor.stride()
+    if strides[-1] == 1:
+        return tensor, strides
+    tensor = tensor.contiguous()
+    return tensor, tensor.stride()
+
+
+def _fill_cache(c: CacheC, cache: Tensor, scale: Tensor | None) -> None:
     is_int4 = cache.dtype == torch.uint8
-    c = CacheC(
-        data=cache.data_ptr(),
-        block_stride=cache.stride(0),
-        slot_stride=cache.stride(1),
-        head_stride=cache.stride(2),
-        dim=cache.shape[3] * (2 if is_int4 else 1),
-    )
+    c.data = cache.data_ptr()
+    c.block_stride, c.slot_stride, c.head_stride, _ = cache.stride()
+    c.dim = cache.shape[3] * (2 if is_int4 else 1)
     if scale is not None:
         c.scale = scale.data_ptr()
         if scale.ndim == 1:
@@ -196,4 +210,3 @@ def _cache(cache: Tensor, scale: Tensor | None) -> CacheC:
             c.scale_block_stride, c.scale_slot_stride, c.scale_head_stride = scale.stride()[:3]
         if is_int4:
             c.group_size = c.dim // scale.shape[3]
-    return c

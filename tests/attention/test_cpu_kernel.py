@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from agreement import check
 from batches import Batch, one_thread
 
-from pagedkv.attention import backend_info, paged_attention
+from pagedkv.attention import backend_info, paged_attention, plan, write_kv
 from pagedkv.attention.backends import backend_named, pick_for_device
 from pagedkv.attention.cpu import build
 from pagedkv.attention.cpu.backend import CPUBackend
@@ -124,6 +126,49 @@ def test_threads_of_its_own_do_the_same_work(kernel: Kernel, monkeypatch: pytest
         check(MIXED, *MIXED.call("cpu"))
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_call_at_once_get_their_own_results(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_call = kernel.attend
+
+    def call_after_a_pause(c: AttentionCallC, num_threads: int) -> None:
+        # The other thread fills its structure now, as it may wherever the interpreter hands over.
+        time.sleep(1e-4)
+        first_call(c, num_threads)
+
+    monkeypatch.setattr(kernel, "attend", call_after_a_pause)
+
+    def worker(value: float) -> set[float]:
+        key, slots = torch.full((1, 2, 8), value), torch.tensor([5])
+        key_cache, value_cache = torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8)
+        tables, one = torch.tensor([[1]], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+        starts, seen = torch.tensor([0, 1], dtype=torch.int32), set()
+        for _ in range(50):
+            write_kv(key, key, key_cache, value_cache, slots - 1, backend="cpu")
+            write_kv(key, key, key_cache, value_cache, slots, backend="cpu")
+            out = paged_attention(key, key_cache, value_cache, tables, one, starts, backend="cpu")
+            seen |= set(out.flatten().tolist())
+            key_cache, value_cache = torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8)
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(worker, (1.0, 2.0, 3.0, 4.0)))
+
+    assert results == [{1.0}, {2.0}, {3.0}, {4.0}]
+
+
+def test_a_call_reads_the_caches_it_is_given_where_only_their_address_is_new(kernel: Kernel) -> None:
+    tables, one = torch.tensor([[0]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    step = plan(one, starts, num_q_heads=2, num_kv_heads=2, backend="cpu")
+    caches = [torch.full((1, 4, 2, 8), value) for value in (1.0, 2.0)]
+
+    outs = [
+        paged_attention(torch.ones(1, 2, 8), cache, cache, tables, one, starts, plan=step)
+        for cache in (*caches, caches[0])
+    ]
+
+    assert [set(out.flatten().tolist()) for out in outs] == [{1.0}, {2.0}, {1.0}]
 
 
 def test_nan_among_the_keys_that_are_seen_comes_out_as_nan(kernel: Kernel) -> None:

@@ -163,6 +163,14 @@ def test_decodes_that_are_not_split_come_longest_first() -> None:
     assert tasks[5].tolist() == [-1, -1, -1]
 
 
+def test_tiles_of_equal_length_stay_in_order_and_sequences_without_queries_get_none() -> None:
+    tasks, _, _ = Ragged(((5, 9), (1, 6), (0, 70), (5, 9), (1, 6)), Partition(4, 2, 5, 100)).make()
+
+    assert tasks.T.tolist() == [
+        [1, 5, 6, 0, 6, -1], [4, 11, 12, 0, 6, -1], [0, 0, 5, 0, 9, -1], [3, 6, 11, 0, 9, -1],
+    ]  # fmt: skip
+
+
 def test_decodes_come_before_prefills() -> None:
     tasks, _, counts = Ragged(((8, 8), (1, 3)), Partition(1, 2, 4, 100)).make()
 
