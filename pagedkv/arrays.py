@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pagedkv.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int32s", "Int64s", "Rows", "as_int", "as_token_ids", "cdiv"]
+__all__ = ["BlockIds", "Int32s", "Int64s", "Rows", "as_int", "as_token_ids", "cdiv", "packed_runs"]
 
 Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
@@ -29,6 +29,18 @@ def cdiv(numerator: int, denominator: int) -> int:
     3
     """
     return -(-numerator // denominator)
+
+
+def packed_runs(firsts: Int64s, counts: Int64s) -> Int64s:
+    """`firsts[i]` to `firsts[i] + counts[i] - 1` for every i, one run after the other. O(total).
+
+    >>> packed_runs(np.array([3, 10]), np.array([2, 1])).tolist()
+    [3, 4, 10]
+    """
+    stops = counts.cumsum()
+    total = int(stops[-1]) if len(stops) else 0
+    runs: Int64s = (firsts - stops + counts).repeat(counts) + np.arange(total)
+    return runs
 
 
 def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
@@ -54,6 +66,7 @@ def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {array.dtype} of {array.shape}")
-    if array.min() < 0 or array.max() > MAX_TOKEN_ID:
+    # No int32 is too large, and a step's tokens usually are int32: one pass less.
+    if np.minimum.reduce(array) < 0 or (array.dtype != np.int32 and np.maximum.reduce(array) > MAX_TOKEN_ID):
         raise InvalidArgumentError(f"{name} must be in 0..{MAX_TOKEN_ID}, found {array.min()}..{array.max()}")
     return array.astype(np.int32)

@@ -44,8 +44,11 @@ def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
         if row in memory.host_blocks:
             if len(blocks) or len(memory.host_blocks[row]) != cdiv(num_computed, memory.block_size):
                 raise InvariantViolation("I6", f"row {row} is swapped out with {len(blocks)} device blocks")
-        elif len(blocks) != cdiv(num_computed, memory.block_size):
-            raise InvariantViolation("I1", f"row {row} holds {len(blocks)} blocks for {num_computed} tokens")
+        elif len(blocks) != cdiv(num_computed + int(table.num_drafts[row]), memory.block_size):
+            raise InvariantViolation(
+                "I1",
+                f"row {row} holds {len(blocks)} blocks for {num_computed} tokens and {table.num_drafts[row]} drafts",
+            )
         if num_computed > table.num_known[row]:
             raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {table.num_known[row]} tokens")
         if num_named > num_computed // memory.block_size:

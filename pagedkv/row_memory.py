@@ -8,6 +8,7 @@ from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv
 from pagedkv.block_pool import BlockPool
 from pagedkv.config import CacheConfig
 from pagedkv.content import Content, SimulatedContent, TokenContent
+from pagedkv.draft_slots import DraftSlots
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
 from pagedkv.naming import BlockNaming, in_order_of_steps
@@ -28,7 +29,8 @@ class RowMemory:
     Rows that are passed in must be live; nothing is validated here, so that a step costs a fixed number of array
     operations. KVCacheManager is the same memory with ids, validation and single sequences.
 
-    Every live row holds exactly `cdiv(num_computed, block_size)` device blocks, or none while it is swapped out.
+    Every live row holds exactly `cdiv(num_computed, block_size)` device blocks, or none while it is swapped out; with
+    drafts in flight, as many as those need, too.
     Plans must be carried out in this order: swaps out, copies, swaps in, then the step's own writes.
     """
 
@@ -38,6 +40,7 @@ class RowMemory:
         "cache",
         "caches_prefixes",
         "counters",
+        "drafts",
         "host_blocks",
         "host_pool",
         "naming",
@@ -57,6 +60,7 @@ class RowMemory:
         self.host_blocks: dict[int, BlockIds] = {}
         self.naming = BlockNaming(self.cache, self.sequences)
         self.shared_tails = SharedTails(self.pool, self.sequences)
+        self.drafts = DraftSlots(self.pool, self.sequences, self.naming if config.prefix_caching else None)
         self._serial = 0
 
     def next_serial(self) -> int:
@@ -329,6 +333,7 @@ class RowMemory:
         self.pool.release(table.blocks(row)[num_kept:][::-1])
         table.num_blocks[row] = num_kept
         table.num_computed[row] = num_computed
+        table.num_drafts[row] = 0
         table.num_named[row] = min(int(table.num_named[row]), num_computed // self.block_size)
         if num_computed % self.block_size:
             self.shared_tails.mark(row)

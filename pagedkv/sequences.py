@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, packed_runs
 from pagedkv.content import Content, SimulatedContent
 from pagedkv.errors import InvariantViolation
 
@@ -18,6 +18,7 @@ class SequenceTable:
     num_known:    (rows,) int64, tokens that the sequence consists of
     num_computed: (rows,) int64, tokens that have a slot: their K/V is computed, or planned in the step in flight
     num_blocks:   (rows,) int64, blocks held on the device
+    num_drafts:   (rows,) int64, guessed tokens that have slots behind the computed ones, while their step is in flight
     num_named:    (rows,) int64, leading blocks that are the ones that the prefix cache names
     has_shared_tail: (rows,) bool, the last, partly filled block may have another holder or a name
     block_tables: (rows, width) int32; entries beyond `num_blocks` are never read
@@ -38,6 +39,7 @@ class SequenceTable:
         "name_bases",
         "num_blocks",
         "num_computed",
+        "num_drafts",
         "num_known",
         "num_live",
         "num_named",
@@ -50,6 +52,7 @@ class SequenceTable:
         self.num_known: Int64s = np.zeros(num_rows, np.int64)
         self.num_computed: Int64s = np.zeros(num_rows, np.int64)
         self.num_blocks: Int64s = np.zeros(num_rows, np.int64)
+        self.num_drafts: Int64s = np.zeros(num_rows, np.int64)
         self.num_named: Int64s = np.zeros(num_rows, np.int64)
         self.name_bases: Int64s = np.zeros(num_rows, np.int64)
         self.has_shared_tail: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
@@ -74,6 +77,7 @@ class SequenceTable:
         self.num_known[row] = num_known
         self.num_computed[row] = num_computed
         self.num_blocks[row] = num_blocks
+        self.num_drafts[row] = 0
         self.num_named[row] = 0
         self.has_shared_tail[row] = False
         self.block_tables[row, :num_blocks] = block_ids
@@ -101,6 +105,11 @@ class SequenceTable:
     def blocks_at(self, rows: Rows, block_idx: Int64s) -> BlockIds:
         """Block `block_idx[i]` of row `rows[i]`, (n,) int64. O(n)."""
         return self.block_tables[rows, block_idx].astype(np.int64)
+
+    def last_blocks(self, rows: Rows, counts: Int64s) -> BlockIds:
+        """The last `counts[i]` blocks of row `rows[i]`, row after row, the deepest of each first. O(blocks)."""
+        columns = -packed_runs(1 - self.num_blocks[rows], counts)
+        return self.blocks_at(rows.repeat(counts), columns)
 
     def append_blocks(self, rows: Rows, num_new: Int64s, block_ids: BlockIds) -> None:
         """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
@@ -144,6 +153,7 @@ class SequenceTable:
             "num_known",
             "num_computed",
             "num_blocks",
+            "num_drafts",
             "num_named",
             "name_bases",
             "has_shared_tail",

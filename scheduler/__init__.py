@@ -1,18 +1,22 @@
 """Who runs in the next step, with how many tokens: admission, chunked prefill, preemption. No clock, no tensors."""
 
 from pagedkv.scheduler.config import SchedulerConfig
+from pagedkv.scheduler.drafts import DraftCounters
 from pagedkv.scheduler.events import Event, EventLog, EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority, QueuePolicy, VictimPolicy
-from pagedkv.scheduler.plan import Output, Seat, StepEvents, StepPlan
+from pagedkv.scheduler.outcome import StepOutcome
+from pagedkv.scheduler.plan import PlanDrafts, Seat, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
 from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
 from pagedkv.scheduler.refusal import RequestTooLargeError
 from pagedkv.scheduler.request import FinishReason, Request
 from pagedkv.scheduler.scheduler import Scheduler
+from pagedkv.scheduler.step_events import Output, StepEvents
 
 __all__ = [
     "FCFS",
     "Cheaper",
+    "DraftCounters",
     "Event",
     "EventLog",
     "EventSink",
@@ -20,6 +24,7 @@ __all__ = [
     "LatestArrival",
     "LowestPriority",
     "Output",
+    "PlanDrafts",
     "PreemptionMode",
     "PreemptionPolicy",
     "Priority",
@@ -33,6 +38,7 @@ __all__ = [
     "SchedulerConfig",
     "Seat",
     "StepEvents",
+    "StepOutcome",
     "StepPlan",
     "Swap",
     "VictimPolicy",

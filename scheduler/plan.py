@@ -1,22 +1,19 @@
-"""What to compute in one step, and what came of it."""
+"""What to compute in one step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
+from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
 from pagedkv.errors import InvalidArgumentError, StalePlanError
 from pagedkv.plans import BlockCopies
 from pagedkv.row_memory import RowMemory
-from pagedkv.scheduler.sample import Sample
 
-__all__ = ["Output", "Seat", "StepEvents", "StepPlan"]
+__all__ = ["PlanDrafts", "Seat", "StepPlan"]
 
 
 class PlanInputs:
@@ -46,6 +43,22 @@ class Seat(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PlanDrafts:
+    """Guessed tokens that a step computes behind the last known ones.
+
+    num_tokens: (s,) int64, how many each sampling row has
+    token_ids:  (drafts,) int32, packed in that order
+    """
+
+    num_tokens: Int64s
+    token_ids: Int32s
+
+    def first(self, counts: Int64s) -> Int32s:
+        """The first `counts[i]` drafts of each sampling row, packed. O(drafts)."""
+        return self.token_ids[packed_runs(self.num_tokens.cumsum() - self.num_tokens, counts)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """The rows of one step. Immutable; packed arrays are made on first access, which must come before the update.
 
@@ -57,6 +70,7 @@ class StepPlan:
     sampling_sources: (s,) int64, index into `rows` of the row whose last logits to sample from
     admitted:         rows that begin or come back in this step, forks included
     swaps_out, copies, swaps_in: block copies to make before the step, in this order
+    drafts:           guessed tokens that are among those to compute, None if no row has any
     """
 
     step: int
@@ -70,6 +84,7 @@ class StepPlan:
     copies: BlockCopies
     swaps_in: BlockCopies
     inputs: PlanInputs
+    drafts: PlanDrafts | None = None
 
     @property
     def num_rows(self) -> int:
@@ -91,9 +106,20 @@ class StepPlan:
         return inputs.query_start_loc
 
     @property
+    def num_drafts(self) -> Int64s | None:
+        """(s,) int64: how many of the tokens of each sampling row are guesses, its last ones; None if no row has any."""
+        return None if self.drafts is None else self.drafts.num_tokens
+
+    @property
     def logit_indices(self) -> Int64s:
-        """(s,) int64: packed position of the token whose logits give each sampling row its token."""
+        """(s + drafts,) int64: packed positions of the tokens whose logits give each sampling row its tokens.
+
+        A row with d drafts has d + 1 of them: its last known token, then its drafts.
+        """
         indices: Int64s = self.query_start_loc[self.sampling_sources + 1].astype(np.int64) - 1
+        if self.drafts is not None:
+            num_drafts = self.drafts.num_tokens
+            indices = packed_runs(indices - num_drafts, num_drafts + 1)
         return indices
 
     @property
@@ -118,17 +144,25 @@ class StepPlan:
         """(tokens,) int32: packed token ids; raises InvalidArgumentError for simulated prompts. O(tokens)."""
         inputs = self.inputs
         if inputs.token_ids is None:
-            inputs.token_ids = inputs.require_fresh().token_ids(self.rows, self.starts, self.num_tokens)
+            memory = inputs.require_fresh()
+            if self.drafts is None:
+                inputs.token_ids = memory.token_ids(self.rows, self.starts, self.num_tokens)
+            else:
+                inputs.token_ids = self._token_ids_with(self.drafts, memory)
         return inputs.token_ids
 
-    def check_tokens(self, token_ids: Sequence[int] | Int32s) -> Int32s:
-        """Return the tokens sampled for `sampling_rows`, (s,) int32; InvalidArgumentError for wrong ones or too many or few."""
-        tokens = as_token_ids("token_ids", token_ids)
-        if len(tokens) != len(self.sampling_rows):
-            raise InvalidArgumentError(
-                f"{len(self.sampling_rows)} rows sample in this step, found {len(tokens)} tokens"
-            )
-        return tokens
+    def _token_ids_with(self, drafts: PlanDrafts, memory: RowMemory) -> Int32s:
+        """Packed token ids, drafts behind the known tokens of their row. O(tokens)."""
+        drafted = drafts.num_tokens.nonzero()[0]
+        sources, counts = self.sampling_sources[drafted], drafts.num_tokens[drafted]
+        num_known = self.num_tokens.copy()
+        num_known[sources] -= counts
+        is_draft = np.zeros(int(self.query_start_loc[-1]), np.bool_)
+        is_draft[packed_runs(self.query_start_loc[sources + 1] - counts, counts)] = True
+        packed = np.empty(len(is_draft), np.int32)
+        packed[is_draft] = drafts.token_ids
+        packed[~is_draft] = memory.token_ids(self.rows, self.starts, num_known)
+        return packed
 
     def make_inputs(self) -> None:
         """Make the packed arrays now, before a row that they read is let go of. O(tokens)."""
@@ -139,43 +173,3 @@ class StepPlan:
     @property
     def _is_decode(self) -> bool:
         return len(self.rows) == 0 or int(self.num_tokens.max()) == 1
-
-
-class Output(NamedTuple):
-    """One new token of one sample."""
-
-    request_id: str
-    sample_idx: int
-    token_id: int | None
-    finish_reason: str | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepEvents:
-    """What an update brought about.
-
-    rows:      (s,) int64, rows that got a token
-    token_ids: (s,) int32, or None where tokens are only simulated
-    finished:  samples that ended, with the reason
-    """
-
-    step: int
-    rows: Rows
-    token_ids: Int32s | None
-    samples: NDArray[np.object_]
-    finished: tuple[tuple[Sample, str], ...]
-
-    @property
-    def outputs(self) -> list[Output]:
-        """New tokens with the requests that they belong to, for people and streams. O(s)."""
-        reasons = {id(sample): reason for sample, reason in self.finished}
-        tokens = [None] * len(self.samples) if self.token_ids is None else self.token_ids.tolist()
-        return [
-            Output(sample.request.request_id, sample.sample_idx, token, reasons.get(id(sample)))
-            for sample, token in zip(self.samples.tolist(), tokens, strict=True)
-        ]
-
-    @property
-    def finished_ids(self) -> list[str]:
-        """Ids of requests of which a sample ended in this step."""
-        return [sample.request.request_id for sample, _ in self.finished]

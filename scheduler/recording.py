@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any, TextIO
@@ -25,10 +25,12 @@ from pagedkv.manager import KVCacheManager, Prompt
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.events import EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority
-from pagedkv.scheduler.plan import StepEvents, StepPlan
+from pagedkv.scheduler.outcome import StepOutcome
+from pagedkv.scheduler.plan import StepPlan
 from pagedkv.scheduler.preemption import Cheaper, Recompute, Swap
 from pagedkv.scheduler.request import Request
 from pagedkv.scheduler.scheduler import Scheduler
+from pagedkv.scheduler.step_events import StepEvents
 
 __all__ = ["Recorder", "RecordingError", "replay_recording"]
 
@@ -75,17 +77,19 @@ class Recorder:
         self._write({"call": "abort", "now": now, "request_id": request_id})
         self.scheduler.abort(request_id, now)
 
-    def schedule(self, now: float) -> StepPlan:
-        """As Scheduler.schedule; the record holds a digest of the plan."""
-        plan = self.scheduler.schedule(now)
-        self._write({"call": "schedule", "now": now, "plan": _digest(plan)})
+    def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
+        """As Scheduler.schedule; the record holds the drafts, and a digest of the plan."""
+        plan = self.scheduler.schedule(now, drafts)
+        guesses = (
+            {"drafts": [[int(row), _plain(tokens)] for row, tokens in drafts.items()]} if drafts is not None else {}
+        )
+        self._write({"call": "schedule", "now": now, **guesses, "plan": _digest(plan)})
         return plan
 
-    def update(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None, now: float) -> StepEvents:
+    def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """As Scheduler.update."""
-        tokens = None if token_ids is None else np.asarray(token_ids).tolist()
-        self._write({"call": "update", "now": now, "token_ids": tokens})
-        return self.scheduler.update(plan, token_ids, now)
+        self._write({"call": "update", "now": now, **_encode_outcome(outcome)})
+        return self.scheduler.update(plan, outcome, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """As Scheduler.fail."""
@@ -122,7 +126,16 @@ def replay_recording(lines: Iterable[str], sink: EventSink | None = None) -> Ite
 
 
 def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> StepPlan:
-    plan = scheduler.schedule(record["now"])
+    try:
+        drafts = dict(record["drafts"]) if "drafts" in record else None
+    except (TypeError, ValueError):
+        raise RecordingError(
+            f"line {number}: expected drafts as pairs of a row and its tokens, found {record['drafts']!r:.60}"
+        ) from None
+    try:
+        plan = scheduler.schedule(record["now"], drafts)
+    except PagedKVError as error:
+        raise RecordingError(f"line {number}: the step cannot be planned again: {error}") from None
     if _digest(plan) != record["plan"]:
         raise RecordingError(f"line {number}: step {plan.step} was recorded with another plan")
     return plan
@@ -141,7 +154,7 @@ def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, A
         elif call == "abort":
             scheduler.abort(record["request_id"], now)
         elif plan is not None and call == "update":
-            scheduler.update(plan, record["token_ids"], now)
+            scheduler.update(plan, _decode_outcome(record), now)
         elif plan is not None:
             scheduler.fail(plan, now, record["reason"])
 
@@ -151,8 +164,33 @@ def _digest(plan: StepPlan) -> str:
     arrays = (plan.rows, plan.num_tokens, plan.starts, plan.sampling_rows, plan.sampling_sources)
     pairs = (plan.swaps_out, plan.copies, plan.swaps_in)
     digest = sha256(b"|".join(array.astype("<i8").tobytes() for array in arrays))
+    if plan.drafts is not None:
+        digest.update(plan.drafts.num_tokens.astype("<i8").tobytes() + plan.drafts.token_ids.astype("<i4").tobytes())
     digest.update(b"|".join(pair.sources.tobytes() + b">" + pair.targets.tobytes() for pair in pairs))
     return digest.hexdigest()[:16]
+
+
+def _encode_outcome(outcome: StepOutcome | Sequence[int] | Int32s | None) -> dict[str, Any]:
+    """The fields of an update; those that plain tokens have no use for are left out."""
+    if not isinstance(outcome, StepOutcome):
+        return {"token_ids": _plain(outcome)}
+    return {
+        "token_ids": _plain(outcome.token_ids),
+        "num_tokens": _plain(outcome.num_tokens),
+        "stopped": _plain(outcome.stopped),
+    }
+
+
+def _decode_outcome(record: dict[str, Any]) -> StepOutcome | list[int] | None:
+    if "num_tokens" not in record:
+        tokens: list[int] | None = record["token_ids"]
+        return tokens
+    return StepOutcome(record["token_ids"], record["num_tokens"], record["stopped"])
+
+
+def _plain(values: object) -> Any:
+    """An array or a sequence as JSON takes it."""
+    return None if values is None else np.asarray(values).tolist()
 
 
 def _parse(number: int, line: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pagedkv.content import Content
+from pagedkv.arrays import Int32s
+from pagedkv.content import Content, TokenContent
+from pagedkv.errors import InvalidArgumentError
 from pagedkv.scheduler.request import Request
 
 __all__ = ["Sample", "SampleState"]
@@ -58,6 +60,14 @@ class Sample:
         self.num_bypasses = 0
         self.deferral = ""
         """The reason that was last told for not admitting it."""
+
+    @property
+    def output_token_ids(self) -> Int32s:
+        """(n,) int32: tokens beyond the prompt that its content holds: all of them, once its row was synchronised or closed."""
+        content = self.content
+        if not isinstance(content, TokenContent):
+            raise InvalidArgumentError(f"request {self.request.request_id!r} is simulated: it has no token ids")
+        return content.token_ids(self.num_prompt, content.num_tokens)
 
     def fork(self, sample_idx: int, row: int, content: Content) -> Sample:
         """The record of another sample of the same request, already in a row."""

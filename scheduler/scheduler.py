@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pagedkv.arrays import Int32s, Int64s, Rows
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
-from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.scheduler.admission import Admission, Grants
+from pagedkv.scheduler.catch_up import CatchUp
 from pagedkv.scheduler.config import SchedulerConfig
-from pagedkv.scheduler.ending import at_length, at_stop_token, prefilled
+from pagedkv.scheduler.drafts import DraftCounters, Drafting
+from pagedkv.scheduler.ending import ended_samples
 from pagedkv.scheduler.events import Aborted, Added, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.kinds import LiveKinds
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
-from pagedkv.scheduler.plan import PlanInputs, Seat, StepEvents, StepPlan
+from pagedkv.scheduler.outcome import NewTokens, StepOutcome, checked_outcome
+from pagedkv.scheduler.plan import PlanInputs, Seat, StepPlan
 from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
 from pagedkv.scheduler.recount import check_samples
 from pagedkv.scheduler.refusal import RequestTooLargeError, reason_to_refuse
@@ -25,12 +27,13 @@ from pagedkv.scheduler.request import Request
 from pagedkv.scheduler.rollback import retract_step
 from pagedkv.scheduler.running import RunningRows
 from pagedkv.scheduler.sample import Sample, SampleState
+from pagedkv.scheduler.sampling import Sampling
 from pagedkv.scheduler.shortage import Shortage
+from pagedkv.scheduler.step_events import StepEvents
 from pagedkv.scheduler.waiting_queue import WaitingQueue
 
 __all__ = ["Scheduler"]
 
-NO_ROWS = np.empty(0, np.int64)
 NO_GRANTS = Grants()
 
 
@@ -81,17 +84,26 @@ class Scheduler:
             preemption=self.preemption,
             events=self._events,
         )
+        self._catch_up = CatchUp(
+            config,
+            self._memory,
+            self._queue,
+            self._running,
+            admission=self._admission,
+            shortage=self._shortage,
+        )
         self._live: dict[str, list[Sample]] = {}
+        self._kinds = LiveKinds()
+        self._sampling = Sampling(self._memory, self._running, self._live, self._kinds)
+        self._drafting = Drafting(config, self._memory, self._running)
         self.in_flight: StepPlan | None = None
         """The plan that awaits `update` or `fail`."""
         self._all_decode = False
         """Whether every running row has exactly its last token left to compute."""
         self._grants = NO_GRANTS
-        self._forked: list[tuple[Sample, Sample]] = []
         self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = 0
-        self._kinds = LiveKinds()
         self._num_left_in_flight = 0
 
     # Requests
@@ -153,16 +165,25 @@ class Scheduler:
 
     # Steps
 
-    def schedule(self, now: float) -> StepPlan:
-        """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations."""
+    def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
+        """Plan the next step; it may be empty. Carry it out, then call `update` or `fail`. O(running) array operations.
+
+        `drafts` are guesses at the next tokens of running rows, for which they take what room the step leaves over:
+        `plan.num_drafts` says how many each row has. Rows with more to compute than their last token get none, nor does
+        any row in a step that preempts, or if blocks are short for the drafts of all.
+
+        Raises StalePlanError, InvalidArgumentError, and UnknownIdError for drafts of a row that does not run; nothing
+        changes then.
+        """
         _require_time(now)
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
+        guesses = None if drafts is None else self._drafting.check(drafts)
         self._all_decode = False
         self._memory.begin_step()
         self._shortage.begin_step()
-        self._forked.clear()
-        rows, starts, num_tokens, copies = self._plan_running(now)
+        self._sampling.forked.clear()
+        rows, starts, num_tokens, copies = self._catch_up.plan(now=now, step=self._step)
         self._grants = grants = NO_GRANTS
         # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
         if self._admission.is_open and len(self._queue) and not self._shortage.preempted:
@@ -172,7 +193,14 @@ class Scheduler:
                 starts = np.concatenate((starts, np.array(grants.starts)))
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
                 copies += grants.copies
-        sampling_rows, sources = self._choose_sampling(rows, starts + num_tokens)
+        sampling_rows, sources = self._sampling.choose(rows, starts + num_tokens)
+        granted = None
+        if guesses is not None and not self._shortage.preempted:
+            forking = {first.row for first, _ in self._sampling.forked}
+            granted = self._drafting.plan(guesses, num_tokens, sampling_rows, sources, forking=forking)
+            if granted is not None:
+                # Sources occur twice only where samples fork, which have no drafts.
+                num_tokens[sources] += granted.num_tokens
         admitted = self._admitted_seats()
         plan = StepPlan(
             step=self._step,
@@ -186,35 +214,38 @@ class Scheduler:
             copies=copies,
             swaps_in=grants.swaps_in,
             inputs=PlanInputs(self._memory),
+            drafts=granted,
         )
         self._step += 1
         self.in_flight = plan
         self._deliver()
         return plan
 
-    def update(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None, now: float) -> StepEvents:
+    def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
 
+        Plain tokens are one for each row; a StepOutcome tells of several for a row, and of rows that the engine ends.
         O(sampled) array operations; Python-level work only for rows that fill a block or end.
         Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
         """
         _require_time(now)
-        tokens = self._check_outcome(plan, token_ids)
-        rows = plan.sampling_rows
+        self._check_in_flight(plan)
+        new = checked_outcome(plan, outcome, needs_token_ids=self._kinds.num_with_tokens > 0)
         ended = self._close_plan(plan)
         if ended:
-            is_live = self._running.samples[rows] != None  # noqa: E711 - elementwise
-            rows = rows[is_live]
-            tokens = None if tokens is None else tokens[is_live]
+            new = new.only(self._running.samples[new.rows] != None)  # noqa: E711 - elementwise
         self._memory.end_step()
-        self._memory.extend(rows, tokens)
+        if new.num_tokens is None:
+            self._memory.extend(new.rows, new.token_ids)
+        else:
+            new = self._drafting.settle(new, cuts_at_stops=self._kinds.num_with_stops > 0)
         self._all_decode = (
-            len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
+            not self._kinds.num_with_tokens
+            and len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
             and not ended
-            and not self._kinds.num_with_tokens
             and self._memory.can_repeat
         )
-        return self._collect(plan.rows, rows, tokens, now)
+        return self._collect(plan.rows, new, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """The step was not carried out: take back what it planned, so that its rows are planned again. O(rows + blocks).
@@ -225,7 +256,7 @@ class Scheduler:
         _require_time(now)
         self._check_in_flight(plan)
         self._close_plan(plan)
-        for first, sibling in self._forked:
+        for first, sibling in self._sampling.forked:
             self._undo_fork(first, sibling)
         retract_step(plan, self._grants.swapped_in, self._memory, self._running)
         self._shortage.forget_swaps()
@@ -262,7 +293,7 @@ class Scheduler:
         used = self._memory.append_steps(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]
         self._step += num_steps
-        return self._collect(rows, rows, None, now), used
+        return self._collect(rows, NewTokens(rows, None), now), used
 
     # Looking
 
@@ -282,6 +313,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def draft_counters(self) -> DraftCounters:
+        """How many drafts were computed, and how many came true, so far; counts on as steps are updated."""
+        return self._drafting.counters
+
+    @property
     def running_rows(self) -> Rows:
         """(n,) int64, rows that hold a seat, in order of admission; a view, stale after the next call."""
         return self._running.rows
@@ -291,6 +327,16 @@ class Scheduler:
         """(rows, width) int32: the block table of every row; a view, stale once the table has grown."""
         return self._memory.sequences.block_tables
 
+    def outputs(self, request_id: str) -> dict[int, Int32s]:
+        """New tokens so far of each live sample of a request, by sample index. O(tokens). Raises UnknownIdError."""
+        samples = self._live.get(request_id)
+        if samples is None:
+            raise UnknownIdError(f"no live request {request_id!r}")
+        for sample in samples:
+            if sample.row >= 0:
+                self._memory.sync_content(sample.row)
+        return {sample.sample_idx: sample.output_token_ids for sample in samples}
+
     def check_invariants(self) -> None:
         """Recount seats, queue and memory. Raises InvariantViolation. O(blocks + requests)."""
         samples = (sample for group in self._live.values() for sample in group)
@@ -298,42 +344,6 @@ class Scheduler:
         self.manager.check_invariants()
 
     # How a step is planned
-
-    def _plan_running(self, now: float) -> tuple[Rows, Int64s, Int64s, BlockCopies]:
-        """Give the running rows their tokens and blocks, preempting until the blocks suffice."""
-        table = self._memory.sequences
-        while True:
-            rows = self._running.rows
-            if not len(rows):
-                return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES
-            starts = table.num_computed[rows]
-            num_tokens = table.num_known[rows] - starts
-            num_wanted = int(np.add.reduce(num_tokens))
-            if num_wanted == len(rows):
-                copies = self._memory.try_append_single(rows, starts)
-            else:
-                # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
-                self._admission.is_open = True
-                if num_wanted > self.config.max_num_batched_tokens or self.config.long_prefill_tokens is not None:
-                    rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
-                copies = self._memory.try_append(rows, num_tokens)
-            if copies is not None:
-                return rows.copy(), starts, num_tokens, copies
-            num_needed = int(self._memory.num_blocks_to_append(rows, num_tokens).sum())
-            self._shortage.preempt(num_needed, now=now, step=self._step)
-            self._admission.is_open = True
-
-    def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
-        """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
-        cap = self.config.long_prefill_tokens
-        if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
-            wanted = np.minimum(wanted, cap)
-        before = wanted.cumsum() - wanted
-        shared = (self.config.max_num_batched_tokens - before).clip(0, wanted)
-        if shared.all():
-            return rows, starts, shared
-        gets_some = shared > 0
-        return rows[gets_some], starts[gets_some], shared[gets_some]
 
     def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> Grants:
         table = self._memory.sequences
@@ -346,58 +356,22 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens - num_planned
         return self._admission.admit(budget, num_promised, num_prefilling, now=now, step=self._step)
 
-    def _choose_sampling(self, rows: Rows, stops: Int64s) -> tuple[Rows, Int64s]:
-        """Rows that need a token: those that catch up with what is known and are not at their end. Forks samples."""
-        known = self._memory.sequences.num_known[rows]
-        caught_up = stops == known
-        if self._kinds.num_prefill_only:
-            caught_up &= known < self._running.max_tokens[rows]
-        sources = caught_up.nonzero()[0]
-        sampling_rows = rows[sources]
-        unforked = self._running.unforked
-        if unforked:
-            for source, row in zip(sources.tolist(), sampling_rows.tolist(), strict=True):
-                if row in unforked:
-                    siblings = self._fork(unforked[row])
-                    sampling_rows = np.concatenate((sampling_rows, siblings))
-                    sources = np.concatenate((sources, np.full(len(siblings), source)))
-        return sampling_rows, sources
-
     def _admitted_seats(self) -> tuple[Seat, ...]:
         """Rows that begin or come back in this step, or did so in one that failed."""
-        if not self._grants.rows and not self._forked and not self._unannounced:
+        forked = self._sampling.forked
+        if not self._grants.rows and not forked and not self._unannounced:
             return ()
-        samples = [self._running.samples[row] for row in self._grants.rows] + [sibling for _, sibling in self._forked]
+        samples = [self._running.samples[row] for row in self._grants.rows] + [sibling for _, sibling in forked]
         again = [sample for sample in self._unannounced if sample.state is SampleState.RUNNING]
         self._unannounced = []
         return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in again + samples)
 
-    def _fork(self, sample: Sample) -> Rows:
-        """The prompt of a request with several samples is computed in this step: give each of the others a row."""
-        rows = []
-        num_samples = sample.num_samples
-        self._running.mark_forked(sample)
-        for sample_idx in range(1, num_samples):
-            row = self._memory.fork(sample.row)
-            sibling = sample.fork(sample_idx, row, self._memory.sequences.content(row))
-            self._live[sample.request.request_id].append(sibling)
-            self._running.add(sibling, protected_until=0)
-            self._kinds.add(sibling)
-            self._forked.append((sample, sibling))
-            rows.append(row)
-        return np.array(rows, np.int64)
-
     # How a step ends
 
-    def _collect(self, computed_rows: Rows, rows: Rows, tokens: Int32s | None, now: float) -> StepEvents:
-        """End the samples that have all their tokens, or a stop token; tell what came of the step."""
-        samples = self._running.samples[rows]
-        finished = at_length(self._memory, self._running, rows)
-        if self._kinds.num_with_stops and tokens is not None:
-            stopped = at_stop_token(self._running, rows, tokens)
-            finished = stopped + [entry for entry in finished if not any(entry[0] is sample for sample, _ in stopped)]
-        if self._kinds.num_prefill_only:
-            finished += prefilled(self._memory, self._running, computed_rows)
+    def _collect(self, computed_rows: Rows, new: NewTokens, now: float) -> StepEvents:
+        """End the samples that have all their tokens, or a stop; tell what came of the step."""
+        samples = self._running.samples[new.rows]
+        finished = ended_samples(self._memory, self._running, self._kinds, computed_rows=computed_rows, new=new)
         step = self._step - 1
         for sample, reason in finished:
             num_output = int(self._memory.sequences.num_known[sample.row]) - sample.num_prompt
@@ -405,7 +379,7 @@ class Scheduler:
             request_id, idx = sample.request.request_id, sample.sample_idx
             self._events.append(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))
         self._deliver()
-        return StepEvents(step, rows, tokens, samples, tuple(finished))
+        return StepEvents(step, new.rows, new.token_ids, samples, tuple(finished), new.num_tokens)
 
     def _end(self, sample: Sample) -> None:
         self._leave(sample)
@@ -442,14 +416,6 @@ class Scheduler:
     def _check_in_flight(self, plan: StepPlan) -> None:
         if plan is not self.in_flight:
             raise StalePlanError(f"step {plan.step} is not in flight: it was updated, or belongs to another scheduler")
-
-    def _check_outcome(self, plan: StepPlan, token_ids: Sequence[int] | Int32s | None) -> Int32s | None:
-        self._check_in_flight(plan)
-        if token_ids is None:
-            if self._kinds.num_with_tokens and len(plan.sampling_rows):
-                raise InvalidArgumentError("token_ids may be None only while every prompt is simulated")
-            return None
-        return plan.check_tokens(token_ids)
 
     def _close_plan(self, plan: StepPlan) -> bool:
         """The plan is no longer in flight; returns whether samples of it were ended from outside."""

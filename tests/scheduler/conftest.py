@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagedkv import CacheConfig, KVCacheManager
-from pagedkv.scheduler import Request, Scheduler, StepPlan
+from pagedkv.scheduler import Request, Scheduler, StepOutcome, StepPlan
 
 VOCABULARY = 50
 
@@ -56,13 +56,13 @@ class ToyEngine:
         self.device[plan.swaps_in.targets] = -7
         self.host[plan.swaps_out.targets] = -7
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Return one token for each sampling row."""
+    def run(self, plan: StepPlan) -> list[int] | StepOutcome:
+        """Return one token for each sampling row; with drafts, those that the model agrees with and one more."""
         self.seats |= {seat.row: (seat.request_id, seat.sample_idx) for seat in plan.admitted}
         self.move_blocks(plan)
         slots, tokens = plan.slot_mapping, plan.token_ids
         device = self.device.reshape(-1)
-        states = []
+        states: list[int] = []
         packed = 0
         # All rows write before any row's later reads, as the layers of a model do; in row order, a row may read what an
         # earlier row of the same step has written.
@@ -75,12 +75,31 @@ class ToyEngine:
                 state = mix(state, int(tokens[packed]))
                 device[slots[packed]] = state
                 packed += 1
-            states.append(state)
-        assert list(plan.logit_indices) == [int(plan.query_start_loc[i + 1]) - 1 for i in plan.sampling_sources]
-        return [
-            (states[source] + self.seats[row][1]) % VOCABULARY
-            for source, row in zip(plan.sampling_sources.tolist(), plan.sampling_rows.tolist(), strict=True)
-        ]
+                states.append(state)
+        if plan.num_drafts is None:
+            assert list(plan.logit_indices) == [int(plan.query_start_loc[i + 1]) - 1 for i in plan.sampling_sources]
+            rows = plan.sampling_rows.tolist()
+            return [self.sample(states[i], row) for i, row in zip(plan.logit_indices, rows, strict=True)]
+        return self.verify(plan, tokens, states)
+
+    def sample(self, state: int, row: int) -> int:
+        return (state + self.seats[row][1]) % VOCABULARY
+
+    def verify(self, plan: StepPlan, tokens: np.ndarray, states: list[int]) -> StepOutcome:
+        """The tokens of each row up to the first that is not the draft in its place."""
+        new: list[int] = []
+        counts: list[int] = []
+        indices = plan.logit_indices.tolist()
+        for row, num_drafts in zip(plan.sampling_rows.tolist(), plan.num_drafts.tolist(), strict=True):
+            own, indices = indices[: num_drafts + 1], indices[num_drafts + 1 :]
+            before = len(new)
+            for i in own:
+                new.append(self.sample(states[i], row))
+                if i == own[-1] or new[-1] != tokens[i + 1]:
+                    break
+            counts.append(len(new) - before)
+        assert not indices
+        return StepOutcome(new, counts)
 
 
 @dataclass
@@ -124,4 +143,5 @@ def make_service():
         return Service(scheduler, ToyEngine(scheduler))
 
     make.continue_prompt = continue_prompt
+    make.mix = mix
     return make

@@ -1,7 +1,7 @@
 """Facts that users of vLLM's core expect of a scheduler, by the numbers of the list that they come from.
 
-Left out, because the parts do not exist here: 31 and 32 (speculation, asynchronous steps), 33 (connectors), 34 (encoders),
-35 (prefill cadence); of 25 the adaptive floor.
+Left out, because the parts do not exist here: 32 (asynchronous steps), 33 (connectors), 34 (encoders), 35 (prefill
+cadence); of 25 the adaptive floor. 31 (speculation) is in test_drafts.py, but for counts per position.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
 
 from pagedkv import CacheConfig, ExtraKey, KVCacheManager, SimulatedPrompt
@@ -21,6 +22,7 @@ from pagedkv.scheduler import (
     RequestTooLargeError,
     Scheduler,
     SchedulerConfig,
+    StepOutcome,
     replay_recording,
 )
 
@@ -93,6 +95,14 @@ def test_a_recording_that_leads_elsewhere_is_refused_by_its_line() -> None:
         (["header", '{"call":"update","now":0,"token_ids":[]}'], "line 2: expected schedule before update"),
         (["header", '{"call":"abort","now":0}'], "line 2: expected a call with its arguments, no 'request_id' found"),
         (["header", "[" * 100_000], "line 2: expected a JSON object"),
+        (
+            ["header", '{"call":"schedule","now":0,"drafts":5,"plan":""}'],
+            "line 2: expected drafts as pairs of a row and its tokens, found 5",
+        ),
+        (
+            ["header", '{"call":"schedule","now":0,"drafts":[[3,[1]]],"plan":""}'],
+            "line 2: the step cannot be planned again: drafts are given for row 3, in which nothing runs",
+        ),
     ],
     ids=str,
 )
@@ -111,3 +121,82 @@ def test_a_policy_that_a_recording_cannot_name_is_refused() -> None:
 
     with pytest.raises(ValueError, match="only name pagedkv's own policies"):
         Recorder(scheduler, io.StringIO())
+
+
+def record_drafts() -> tuple[list[str], str]:
+    """Two requests, drafts of which some come true, a stopped row. Returns the recording and the event log."""
+    log, recording = io.StringIO(), io.StringIO()
+    manager = KVCacheManager(CacheConfig(8, 2))
+    scheduler = Recorder(Scheduler(SchedulerConfig(32, 4, watermark=0), manager, sink=EventLog(log)), recording)
+    scheduler.add(Request("a", [1, 2, 3], 9), 0.0)
+    scheduler.add(Request("b", [4, 5, 6], 6), 0.0)
+    scheduler.update(scheduler.schedule(0.0), [7, 7], 1.0)
+    plan = scheduler.schedule(1.0, {1: (8, 9), np.int64(0): np.array([5, 6], np.int32)})
+    scheduler.update(plan, StepOutcome([5, 6, 1, 8, 2], np.array([3, 2])), 2.0)
+    scheduler.fail(scheduler.schedule(2.0, {0: [3]}), 2.0, "lost")
+    scheduler.update(scheduler.schedule(2.0, {0: [3]}), [4, 4], 3.0)
+    scheduler.update(scheduler.schedule(3.0, {}), StepOutcome([4, 4], stopped=[False, True]), 4.0)
+    while scheduler.has_work:
+        scheduler.update(scheduler.schedule(4.0), [1], 5.0)
+    return recording.getvalue().splitlines(), log.getvalue()
+
+
+def test_drafts_and_outcomes_are_recorded_and_replayed() -> None:
+    recording, log = record_drafts()
+    again = io.StringIO()
+
+    plans = list(replay_recording(recording, EventLog(again)))
+
+    assert again.getvalue() == log
+    assert [None if plan.num_drafts is None else plan.num_drafts.tolist() for plan in plans[:5]] == [
+        None,
+        [2, 2],
+        [1, 0],
+        [1, 0],
+        None,
+    ]
+    assert json.loads(recording[5])["drafts"] == [[1, [8, 9]], [0, [5, 6]]]
+    assert json.loads(recording[6]) == {
+        "call": "update",
+        "now": 2.0,
+        "token_ids": [5, 6, 1, 8, 2],
+        "num_tokens": [3, 2],
+        "stopped": None,
+    }
+    assert '"request_id":"b","sample_idx":0,"reason":"stop","num_output_tokens":5' in log
+
+
+def test_calls_without_drafts_are_recorded_as_ever() -> None:
+    recording, _ = record_drafts()
+
+    assert list(json.loads(recording[3])) == ["call", "now", "plan"]
+    assert recording[4] == '{"call":"update","now":1.0,"token_ids":[7,7]}'
+
+
+def test_a_recording_with_other_drafts_is_refused_by_its_line() -> None:
+    recording, _ = record_drafts()
+    recording[5] = recording[5].replace("[5,6]", "[5,7]")
+
+    with pytest.raises(RecordingError, match="line 6: step 1 was recorded with another plan"):
+        list(replay_recording(recording))
+
+
+def test_a_recording_of_before_there_were_drafts_replays() -> None:
+    lines = [
+        (
+            '{"recording":1,"cache":{"num_blocks":8,"block_size":2,"num_host_blocks":0,"prefix_caching":true,'
+            '"identity":{"model":"","kv_dtype":""}},"eviction":"lru","scheduler":{"max_num_batched_tokens":32,"max_num_running":4,'
+            '"long_prefill_tokens":null,"chunked_prefill":true,"watermark":0,"max_bypasses":4},"policy":{"name":"FCFS"},'
+            '"victim":{"name":"LatestArrival"},"preemption":{"name":"Recompute"}}'
+        ),
+        (
+            '{"call":"add","now":0.0,"request":{"request_id":"a","max_new_tokens":2,"priority":0.0,"client":null,'
+            '"adapter":null,"n":1,"reads_cache":true,"prompt":[1,2,3],"salt":"","extras":[],"stop_token_ids":[]}}'
+        ),
+        '{"call":"schedule","now":0.0,"plan":"0948902ff8b4bbe6"}',
+        '{"call":"update","now":1.0,"token_ids":[7]}',
+        '{"call":"schedule","now":1.0,"plan":"c8706ed790bce8fb"}',
+        '{"call":"update","now":2.0,"token_ids":[8]}',
+    ]
+
+    assert [plan.num_tokens.tolist() for plan in replay_recording(lines)] == [[3], [1]]

@@ -1,0 +1,81 @@
+"""What the running rows compute in a step: each catches up with its known tokens, under one token budget."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.arrays import Int64s, Rows
+from pagedkv.plans import NO_COPIES, BlockCopies
+from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler.admission import Admission
+from pagedkv.scheduler.config import SchedulerConfig
+from pagedkv.scheduler.running import RunningRows
+from pagedkv.scheduler.shortage import Shortage
+from pagedkv.scheduler.waiting_queue import WaitingQueue
+
+__all__ = ["CatchUp"]
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+class CatchUp:
+    """Gives the running rows their tokens and blocks, preempting until the blocks suffice."""
+
+    __slots__ = ("_admission", "_config", "_memory", "_queue", "_running", "_shortage")
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        memory: RowMemory,
+        queue: WaitingQueue,
+        running: RunningRows,
+        *,
+        admission: Admission,
+        shortage: Shortage,
+    ) -> None:
+        self._config = config
+        self._memory = memory
+        self._queue = queue
+        self._running = running
+        self._admission = admission
+        self._shortage = shortage
+
+    def plan(self, *, now: float, step: int) -> tuple[Rows, Int64s, Int64s, BlockCopies]:
+        """Rows, first position and number of tokens of each, and the copies to make first; in order of admission.
+
+        O(running) array operations for each victim.
+        """
+        memory = self._memory
+        table = memory.sequences
+        while True:
+            rows = self._running.rows
+            if not len(rows):
+                return NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES
+            starts = table.num_computed[rows]
+            num_tokens = table.num_known[rows] - starts
+            num_wanted = int(np.add.reduce(num_tokens))
+            if num_wanted == len(rows):
+                copies = memory.try_append_single(rows, starts)
+            else:
+                # Something more than a decode is under way, so the blocks that it names may let a waiting request in.
+                self._admission.is_open = True
+                if num_wanted > self._config.max_num_batched_tokens or self._config.long_prefill_tokens is not None:
+                    rows, starts, num_tokens = self._share_budget(rows, starts, num_tokens)
+                copies = memory.try_append(rows, num_tokens)
+            if copies is not None:
+                return rows.copy(), starts, num_tokens, copies
+            num_needed = int(memory.num_blocks_to_append(rows, num_tokens).sum())
+            self._shortage.preempt(num_needed, now=now, step=step)
+            self._admission.is_open = True
+
+    def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
+        """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
+        cap = self._config.long_prefill_tokens
+        if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
+            wanted = np.minimum(wanted, cap)
+        before = wanted.cumsum() - wanted
+        shared = (self._config.max_num_batched_tokens - before).clip(0, wanted)
+        if shared.all():
+            return rows, starts, shared
+        gets_some = shared > 0
+        return rows[gets_some], starts[gets_some], shared[gets_some]
