@@ -155,8 +155,19 @@ def swap_section(_: dict[str, float]) -> list[Row]:
     return rows
 
 
+def engine_section(limit: dict[str, float]) -> list[Row]:
+    """Decode steps of a whole model, with and without CUDA graphs, against `generate` of transformers."""
+    import gpu_engine
+
+    return gpu_engine.figures(limit)
+
+
 # Sections that are no lists of cases: a name, and what gives their rows for the run's limits.
-MORE_SECTIONS: list[Section] = [("plan", plan_rows), ("swap", swap_section)]
+MORE_SECTIONS: list[Section] = [
+    ("plan", plan_rows),
+    ("swap", swap_section),
+    ("engine, decode", engine_section),
+]
 
 
 def sweep(workers: ProcessPoolExecutor) -> list[Row]:
@@ -206,6 +217,7 @@ def main() -> int:
         print("gpu-check: there is no CUDA GPU here", file=sys.stderr)
         return 2
     import gpu_correctness
+    import gpu_engine
     import triton
     from gpu_cases import warm
     from gpu_timing import limits
@@ -224,7 +236,7 @@ def main() -> int:
         # Compiled while the checks run.
         kinds = {dataclasses.replace(c.shrunk(), name=""): c for section in sections.values() for c in section}
         warming = [workers.submit(warm, case) for case in kinds.values()]
-        wrong = gpu_correctness.check_all(workers)
+        wrong = gpu_correctness.check_all(workers) + gpu_engine.check_all()
         for line in wrong:
             print(f"WRONG {line}")
         if options.quick or wrong:
