@@ -6,10 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # seen from the folder above it.
 EDITABLE := --config-settings editable_mode=compat --editable
 
-.PHONY: demo test check slow bench gpu-check clean
+.PHONY: demo demo-engine test check slow bench gpu-check clean
 
 demo: .venv/demo ## Replay the sample trace and say where the report is.
 	$(BIN)/pagedkv replay --out out-demo
+
+demo-engine: .venv/engine ## Serve a tiny random model: a batch, a stream, a shared prefix. ARGS="--model NAME" for a real one.
+	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: .venv/test ## Run the tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
@@ -35,6 +38,10 @@ gpu-check: ## Check and time the GPU kernels: needs a CUDA GPU, torch and Triton
 
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) $(EDITABLE) '.[sim]'
+	touch $@
+
+.venv/engine: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) $(EDITABLE) '.[engine]'
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt

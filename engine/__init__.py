@@ -7,15 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pagedkv.engine.async_llm import AsyncLLM
     from pagedkv.engine.beam_search import BeamSearchParams
     from pagedkv.engine.core import Engine
     from pagedkv.engine.errors import EngineClosedError, MemoryBudgetError, ModelStepError, UnsupportedModelError
     from pagedkv.engine.llm import LLM
     from pagedkv.engine.outputs import BeamOutput, Completion, Piece, RequestOutput, RequestTimings
     from pagedkv.engine.sampling_params import SamplingParams
+    from pagedkv.engine.speculation import DraftModelDrafter, NgramDrafter
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "SamplingParams",
     "RequestOutput",
     "Completion",
@@ -23,6 +26,8 @@ __all__ = [
     "RequestTimings",
     "BeamSearchParams",
     "BeamOutput",
+    "NgramDrafter",
+    "DraftModelDrafter",
     "Engine",
     "EngineClosedError",
     "MemoryBudgetError",
@@ -32,6 +37,7 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "Completion": "outputs",
@@ -39,6 +45,8 @@ _MODULES = {
     "RequestTimings": "outputs",
     "BeamSearchParams": "beam_search",
     "BeamOutput": "outputs",
+    "NgramDrafter": "speculation",
+    "DraftModelDrafter": "speculation",
     "Engine": "core",
     "EngineClosedError": "errors",
     "MemoryBudgetError": "errors",

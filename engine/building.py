@@ -18,6 +18,7 @@ from pagedkv.engine.model import LayerShape, PagedModel, inspect_model
 from pagedkv.engine.model.self_check import check_same_logits
 from pagedkv.engine.observers import Observers
 from pagedkv.engine.run_record import RunRecorder
+from pagedkv.engine.speculation import Drafter
 from pagedkv.engine.timeline import Timeline
 from pagedkv.errors import ConfigError
 from pagedkv.eviction import EvictionPolicy
@@ -53,6 +54,7 @@ def build_engine(
     victim: VictimPolicy | None,
     preemption: PreemptionPolicy | None,
     self_check: bool,
+    drafter: Drafter | None,
     seed: int,
     timeline: str | Path | None,
     record: str | Path | None,
@@ -96,6 +98,8 @@ def build_engine(
         tokenizer=tokenizer,
         end_token_ids=end_token_ids_of(model),
         observers=observers,
+        drafter=drafter,
+        max_length=max_length_of(model),
         seed=seed,
         clock=clock,
     )

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pagedkv.arrays import Int32s, Rows
+from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
 from pagedkv.engine.errors import ModelStepError
+from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.live_requests import LiveRequest, LiveSample, OnFinish, OnPiece
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
@@ -21,7 +21,8 @@ from pagedkv.engine.recovery import rows_that_raise
 from pagedkv.engine.row_columns import RowColumns
 from pagedkv.engine.sampling import Sampled, Sampler, seed_for
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.engine.step_inputs import StepInputs
+from pagedkv.engine.speculation import Drafter, RowDrafts, accept_drafts, positions_of
+from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError
 from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepOutcome, StepPlan
@@ -53,12 +54,16 @@ class Engine:
         tokenizer: Any = None,
         end_token_ids: Iterable[int] = (),
         observers: Observers,
+        drafter: Drafter | None = None,
+        max_length: int | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.storage = storage
+        self._runner = StepRunner(model, storage, scheduler, max_length=max_length)
+        self._drafts = None if drafter is None else RowDrafts(drafter, scheduler, model.vocab_size)
         self.tokenizer = tokenizer
         self._observers = observers
         observers.on_admitted = self._note_admission
@@ -74,6 +79,7 @@ class Engine:
 
     # Requests
 
+    @uninterrupted
     def add(
         self,
         request_id: str,
@@ -94,6 +100,10 @@ class Engine:
             raise DuplicateIdError(f"request {request_id!r} is live already")
         if params.stop and self.tokenizer is None:
             raise InvalidArgumentError("stop strings need a tokenizer: give LLM one, or use stop_token_ids")
+        if params.logprobs is not None and params.logprobs > self.model.vocab_size:
+            raise InvalidArgumentError(
+                f"logprobs {params.logprobs} exceeds the vocabulary of {self.model.vocab_size} tokens"
+            )
         now = self._clock()
         live = LiveRequest(
             request_id,
@@ -102,6 +112,7 @@ class Engine:
             seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
             arrival_s=now,
             prompt=prompt,
+            salt=salt,
             on_piece=on_piece,
             on_finish=on_finish,
         )
@@ -118,6 +129,7 @@ class Engine:
         self._observers.on_request(request, now)
         self._requests[request_id] = live
 
+    @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
         now = self._clock()
@@ -140,6 +152,7 @@ class Engine:
         """Whether a request of this id is under way. O(1)."""
         return request_id in self._requests
 
+    @uninterrupted
     def close(self) -> None:
         """Abort every live request and complete the files that are being written."""
         for request_id in list(self._requests):
@@ -152,18 +165,20 @@ class Engine:
 
     # A step
 
+    @uninterrupted
     def step(self) -> None:
         """Plan one step, carry it out, and tell what came of it."""
         start = self._clock()
-        plan = self.scheduler.schedule(start)
+        plan = self.scheduler.schedule(start, None if self._drafts is None else self._drafts.guess())
         self._observers.on_schedule(plan)
         scheduled = self._clock()
         try:
             self._seat(plan.admitted)
-            self.storage.apply(plan)
-            logits = self._forward(plan)
+            with interruptible():
+                self._runner.apply(plan)
+                logits = self._runner.compute(plan)
             computed = self._clock()
-            sampled = self._sample(plan, logits, computed)
+            sampled, counts = self._sample(plan, logits, computed)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
             return
@@ -171,56 +186,77 @@ class Engine:
             self.scheduler.fail(plan, self._clock(), "interrupted")
             raise
         self._has_failed = False
-        self._end_unsampled(plan.sampling_rows, sampled)
-        touched, stopped = self._tell(plan.sampling_rows, sampled)
+        rows = plan.sampling_rows
+        self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
+        touched, outcome = self._tell(rows, sampled, counts)
         chosen = self._clock()
-        outcome = sampled.token_ids if stopped is None else StepOutcome(sampled.token_ids, stopped=stopped)
         events = self.scheduler.update(plan, outcome, chosen)
-        self._sampler.accept(plan.sampling_rows, sampled.token_ids)
+        self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
 
-    def _forward(self, plan: StepPlan) -> Tensor | None:
-        """Compute the step's tokens; None for a step that computes nothing."""
-        if not plan.num_rows:
-            return None
-        tables = self.scheduler.block_tables
-        return self.model.forward(StepInputs.of_plan(plan, tables, self.model.block_size, self.model.device))
+    def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> tuple[Sampled, Int64s | None]:
+        """Choose the next tokens, packed by sampling row, and how many each row got; None: one each.
 
-    def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> Sampled:
-        """Choose the next tokens. Changes nothing that a second try would not set again."""
-        rows = plan.sampling_rows
-        if logits is None or not len(rows):
-            return NOTHING_SAMPLED
-        num_outputs = plan.seq_lens[plan.sampling_sources] - self._rows.num_prompt[rows]
+        Changes nothing that a second try would not set again.
+        """
+        if logits is None or not len(plan.sampling_rows):
+            return NOTHING_SAMPLED, None
+        rows, lengths = positions_of(plan)
+        num_outputs = lengths - self._rows.num_prompt[rows]
         sampled = self._sampler.sample(logits, rows, num_outputs)
         for row in rows[num_outputs == 0].tolist():
             self._rows.samples[row].first_token_s = now
-        return sampled
+        if plan.drafts is None:
+            return sampled, None
+        accepted = accept_drafts(sampled.token_ids, plan.drafts.token_ids, plan.drafts.num_tokens)
+        return sampled.only(accepted.kept), accepted.num_tokens
 
     def _end_unsampled(self, rows: Rows, sampled: Sampled) -> None:
-        """End the requests for which no token could be chosen."""
+        """End the requests for which no token could be chosen; `rows` are those of the tokens."""
         for idx, error in sampled.errors.items():
             request_id = self._rows.samples[rows[idx]].request.request_id
             if request_id in self._requests:
                 self.abort(request_id, error)
 
-    def _tell(self, rows: Rows, sampled: Sampled) -> tuple[list[LiveSample], NDArray[np.bool_] | None]:
-        """Push the new tokens to the samples that listen.
+    def _tell(
+        self, rows: Rows, sampled: Sampled, counts: Int64s | None
+    ) -> tuple[list[LiveSample], StepOutcome | Int32s]:
+        """Push the new tokens to the samples that listen; returns these, and what the scheduler is to hear.
 
-        Returns these, and (s,) bool which sampling rows a stop string ended, None if it ended none.
+        Tokens of a row behind one that ended its sample are dropped.
         """
-        touched, stopped = [], None
-        for idx in np.flatnonzero(self._rows.listens[rows]).tolist():
+        touched: list[LiveSample] = []
+        listening = self._rows.listens[rows].nonzero()[0]
+        if not len(listening) and counts is None:
+            return touched, sampled.token_ids
+        stopped = np.zeros(len(rows), np.bool_)
+        kept = np.ones(len(rows), np.int64) if counts is None else counts
+        firsts = kept.cumsum() - kept
+        for idx in listening.tolist():
             sample: LiveSample = self._rows.samples[rows[idx]]
             if sample.has_finished:
                 continue
             touched.append(sample)
-            logprobs = None if sampled.logprobs is None else sampled.logprobs[idx]
-            if sample.push(int(sampled.token_ids[idx]), logprobs):
-                stopped = np.zeros(len(rows), np.bool_) if stopped is None else stopped
-                stopped[idx] = True
-        return touched, stopped
+            first = int(firsts[idx])
+            for place in range(first, first + int(kept[idx])):
+                logprobs = None if sampled.logprobs is None else sampled.logprobs[place]
+                stopped[idx] = sample.push(int(sampled.token_ids[place]), logprobs)
+                if sample.stop is not None:
+                    kept[idx] = place + 1 - first
+                    break
+        if counts is None and not stopped.any():
+            return touched, sampled.token_ids
+        return touched, StepOutcome(sampled.token_ids[packed_runs(firsts, kept)], kept, stopped)
+
+    def _remember(self, events: StepEvents) -> None:
+        """Let those know of the new tokens whose next ones depend on them: penalties, and the drafter."""
+        if events.token_ids is None:
+            return
+        rows = events.rows if events.num_tokens is None else events.rows.repeat(events.num_tokens)
+        self._sampler.accept(rows, events.token_ids)
+        if self._drafts is not None:
+            self._drafts.extend(events)
 
     # What comes of it
 
@@ -241,6 +277,8 @@ class Engine:
         live = sample.request
         completion = live.completions[sample.index] = sample.finish(token_ids, reason)
         self._observers.on_finish(sample, completion, now)
+        if self._drafts is not None:
+            self._drafts.end((live.request_id, sample.index))
         if live.on_piece is not None:
             live.on_piece(replace(sample.take_piece(), finish_reason=reason, stop=completion.stop))
         if len(live.completions) == live.num_samples:
@@ -282,6 +320,11 @@ class Engine:
                 known_token_ids=self._known_tokens(row) if params.needs_history else NO_TOKENS,
                 end_token_ids=self._ends_of(params),
             )
+            if self._drafts is not None:
+                # What a penalty does to a token depends on those before it, so such samples are not guessed for.
+                max_length = 0 if params.needs_history else len(live.prompt_token_ids) + params.max_tokens
+                key = (request_id, sample_idx)
+                self._drafts.seat(row, key, self._known_tokens(row), max_length=max_length, salt=live.salt)
 
     def _known_tokens(self, row: int) -> Int32s:
         memory = self.scheduler.manager.memory

@@ -149,6 +149,7 @@ class LiveRequest:
         "prompt",
         "prompt_token_ids",
         "request_id",
+        "salt",
         "samples",
         "seed",
     )
@@ -162,11 +163,13 @@ class LiveRequest:
         seed: int,
         arrival_s: float,
         prompt: str | None,
+        salt: bytes,
         on_piece: OnPiece | None,
         on_finish: OnFinish,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
+        self.salt = salt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.seed = seed

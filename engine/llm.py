@@ -22,6 +22,7 @@ from pagedkv.engine.errors import EngineClosedError
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.outputs import BeamOutput, Piece, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.engine.speculation import Drafter
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
 from pagedkv.scheduler import PreemptionPolicy, QueuePolicy, SchedulerConfig, VictimPolicy
@@ -63,6 +64,7 @@ class LLM:
         policy: QueuePolicy | None = None,
         victim: VictimPolicy | None = None,
         preemption: PreemptionPolicy | None = None,
+        drafter: Drafter | None = None,
         self_check: bool = True,
         seed: int = 0,
         timeline: str | Path | None = None,
@@ -80,6 +82,8 @@ class LLM:
         swap_memory: host memory for swapping requests out; then preemption swaps, without it, it recomputes
         max_num_batched_tokens, max_num_running: of a step; or a whole `scheduler_config`
         eviction, policy, victim, preemption: as KVCacheManager and Scheduler take them
+        drafter:     guesses tokens that a step verifies: NgramDrafter() or DraftModelDrafter(small_model); the tokens are
+                     those of plain decoding
         self_check:  compare the paged model's logits with its own once, on a short text
         seed:        of the requests that have none
         timeline:    a file for Perfetto, written as the engine runs: every step and every request
@@ -109,6 +113,7 @@ class LLM:
             policy=policy,
             victim=victim,
             preemption=preemption,
+            drafter=drafter,
             self_check=self_check,
             seed=seed,
             timeline=timeline,

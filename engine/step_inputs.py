@@ -65,13 +65,14 @@ class StepInputs:
     @classmethod
     def of_plan(cls, plan: StepPlan, block_tables: Int32s, block_size: int, device: torch.device) -> StepInputs:
         """The whole step. `block_tables` are the scheduler's, (rows, width)."""
-        width = cdiv(int(plan.seq_lens.max()), block_size)
+        seq_lens = plan.seq_lens
+        width = cdiv(int(np.maximum.reduce(seq_lens)), block_size)
         return cls(
             token_ids=plan.token_ids,
             positions=plan.positions,
             slot_mapping=plan.slot_mapping,
             block_tables=block_tables[:, :width][plan.rows],
-            seq_lens=plan.seq_lens,
+            seq_lens=seq_lens,
             query_start_loc=plan.query_start_loc,
             logit_indices=plan.logit_indices,
             device=device,

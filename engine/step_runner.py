@@ -37,8 +37,9 @@ class StepRunner:
             )
 
     def apply(self, plan: StepPlan) -> None:
-        """Swap and copy blocks as planned."""
-        self.storage.apply(plan)
+        """Swap and copy blocks as planned. Most plans have none, and the storage checks what it is given."""
+        if len(plan.swaps_out) or len(plan.copies) or len(plan.swaps_in):
+            self.storage.apply(plan)
 
     def compute(self, plan: StepPlan) -> Tensor | None:
         """Logits at `plan.logit_indices`, (logits, vocab), to be read before the next step; None if nothing is computed."""

@@ -105,9 +105,12 @@ class RowMemory:
     def token_ids(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> Int32s:
         """Known tokens `starts[i]` to `starts[i] + num_tokens[i] - 1` of each row, packed. O(tokens)."""
         table = self.sequences
-        packed = np.empty(int(num_tokens.sum()), np.int32)
-        stops = np.cumsum(num_tokens)
+        packed = np.empty(int(np.add.reduce(num_tokens)), np.int32)
         is_tail = starts + num_tokens == table.num_known[rows]
+        if len(packed) == len(rows) and is_tail.all():
+            last: Int32s = table.tails[rows, starts % self.block_size]
+            return last
+        stops = np.cumsum(num_tokens)
         single = (num_tokens == 1) & is_tail
         packed[stops[single] - 1] = table.tails[rows[single], starts[single] % self.block_size]
         for i in np.flatnonzero(~single).tolist():

@@ -19,11 +19,13 @@ __all__ = ["PlanDrafts", "Seat", "StepPlan"]
 class PlanInputs:
     """The packed arrays of a plan, made when first asked for: a simulator never asks."""
 
-    __slots__ = ("is_stale", "memory", "query_start_loc", "slot_mapping", "token_ids")
+    __slots__ = ("is_single", "is_stale", "memory", "query_start_loc", "slot_mapping", "token_ids")
 
     def __init__(self, memory: RowMemory) -> None:
         self.memory = memory
         self.is_stale = False
+        self.is_single: bool | None = None
+        """Whether every row computes one token, as in decoding; None until somebody asks."""
         self.query_start_loc: Int32s | None = None
         self.slot_mapping: Int64s | None = None
         self.token_ids: Int32s | None = None
@@ -101,8 +103,11 @@ class StepPlan:
         """(n + 1,) int32: row i's tokens stand at `query_start_loc[i]` to `query_start_loc[i + 1] - 1` when packed."""
         inputs = self.inputs
         if inputs.query_start_loc is None:
-            inputs.query_start_loc = np.zeros(len(self.rows) + 1, np.int32)
-            np.cumsum(self.num_tokens, out=inputs.query_start_loc[1:])
+            if self._is_single:
+                inputs.query_start_loc = np.arange(len(self.rows) + 1, dtype=np.int32)
+            else:
+                inputs.query_start_loc = np.zeros(len(self.rows) + 1, np.int32)
+                np.cumsum(self.num_tokens, out=inputs.query_start_loc[1:])
         return inputs.query_start_loc
 
     @property
@@ -116,6 +121,8 @@ class StepPlan:
 
         A row with d drafts has d + 1 of them: its last known token, then its drafts.
         """
+        if self._is_single:
+            return self.sampling_sources
         indices: Int64s = self.query_start_loc[self.sampling_sources + 1].astype(np.int64) - 1
         if self.drafts is not None:
             num_drafts = self.drafts.num_tokens
@@ -125,7 +132,7 @@ class StepPlan:
     @property
     def positions(self) -> Int64s:
         """(tokens,) int64: position of each packed token in its sequence."""
-        if self._is_decode:
+        if self._is_single:
             return self.starts
         offsets = self.starts - self.query_start_loc[:-1]
         return np.repeat(offsets, self.num_tokens) + np.arange(self.query_start_loc[-1])
@@ -135,7 +142,7 @@ class StepPlan:
         """(tokens,) int64: slot into which each packed token's K/V goes. O(tokens)."""
         inputs = self.inputs
         if inputs.slot_mapping is None:
-            rows = self.rows if self._is_decode else np.repeat(self.rows, self.num_tokens)
+            rows = self.rows if self._is_single else np.repeat(self.rows, self.num_tokens)
             inputs.slot_mapping = inputs.require_fresh().sequences.slots(rows, self.positions)
         return inputs.slot_mapping
 
@@ -171,5 +178,8 @@ class StepPlan:
             _ = self.token_ids
 
     @property
-    def _is_decode(self) -> bool:
-        return len(self.rows) == 0 or int(self.num_tokens.max()) == 1
+    def _is_single(self) -> bool:
+        inputs = self.inputs
+        if inputs.is_single is None:
+            inputs.is_single = int(np.add.reduce(self.num_tokens)) == len(self.rows)
+        return inputs.is_single

@@ -1,0 +1,128 @@
+"""Requests that arrive one after the other, served by static batches of `generate` and by the engine, on one clock.
+
+The clock runs with the CPU time of the serving thread and jumps over the time in which nobody waits: other programs on the
+machine do not show. Arrivals are Poisson, lengths those of the Azure conversation trace, divided.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine_peers import VOCABULARY, padded_batch
+from numpy.typing import NDArray
+
+from pagedkv.engine import LLM, RequestOutput, SamplingParams
+from pagedkv.simulations.traces import load_trace
+
+TRACE = Path(__file__).parents[2] / "shared" / "traces" / "azure_llm_2023_conv.csv.gz"
+DIVISOR = 8
+NUM_REQUESTS = 256
+MAX_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts, how many tokens each wants, and Poisson arrivals at one request a second."""
+
+    prompts: list[list[int]]
+    num_new: list[int]
+    arrivals: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """90th percentiles in seconds, and the time from the first arrival to the last token."""
+
+    ttft_s: float
+    tpot_s: float
+    makespan_s: float
+
+
+class WorkClock:
+    """CPU time of this thread, and the waiting that was jumped over."""
+
+    def __init__(self) -> None:
+        self._offset = -time.thread_time()
+
+    def __call__(self) -> float:
+        return time.thread_time() + self._offset
+
+    def jump_to(self, moment: float) -> None:
+        """Wait until then, if it is still to come."""
+        self._offset += max(0.0, moment - self())
+
+
+def azure_workload(seed: int = 0) -> Workload:
+    """The first requests of the trace, both lengths divided by `DIVISOR`, at least 1."""
+    trace = load_trace(TRACE)
+    rng = np.random.default_rng(seed)
+    lengths = np.maximum(trace.prompt_tokens[:NUM_REQUESTS] // DIVISOR, 1)
+    num_new = np.maximum(trace.output_tokens[:NUM_REQUESTS] // DIVISOR, 2)
+    prompts = [rng.integers(1, VOCABULARY, length).tolist() for length in lengths.tolist()]
+    return Workload(prompts, num_new.tolist(), rng.exponential(size=NUM_REQUESTS).cumsum())
+
+
+def serve_static(model: Any, work: Workload, rate: float) -> Latencies:
+    """Whoever waits when the last batch is done forms the next one. A request's tokens count as soon as they are there."""
+    arrivals = work.arrivals / rate
+    clock = WorkClock()
+    first, last = np.zeros(len(arrivals)), np.zeros(len(arrivals))
+    start = 0
+    while start < len(arrivals):
+        clock.jump_to(arrivals[start])
+        stop = min(int(np.searchsorted(arrivals, clock(), side="right")), start + MAX_BATCH)
+        moments: list[float] = []
+        num_new = work.num_new[start:stop]
+        padded_batch(model, work.prompts[start:stop], max(num_new), on_step=lambda: moments.append(clock()))  # noqa: B023
+        first[start:stop] = moments[0]
+        last[start:stop] = [moments[num - 1] for num in num_new]
+        start = stop
+    return _latencies(arrivals, first, last, np.array(work.num_new))
+
+
+def serve_engine(model: Any, work: Workload, rate: float) -> Latencies:
+    """The engine steps whenever it has work; requests join when they arrive."""
+    arrivals = work.arrivals / rate
+    clock = WorkClock()
+    llm = LLM(model, num_blocks=4096, max_num_running=64, max_num_batched_tokens=512, self_check=False, clock=clock)
+    clock._offset = -time.thread_time()
+    ended: dict[str, RequestOutput] = {}
+
+    def keep(output: RequestOutput) -> None:
+        ended[output.request_id] = output
+
+    added = 0
+    while len(ended) < len(arrivals):
+        if not llm.engine.has_work:
+            clock.jump_to(arrivals[added])
+        while added < len(arrivals) and arrivals[added] <= clock():
+            params = SamplingParams(max_tokens=work.num_new[added], temperature=0)
+            token_ids, params = llm.check(work.prompts[added], params)
+            llm.engine.add(str(added), token_ids, params, on_finish=keep)
+            added += 1
+        llm.engine.step()
+    timings = [ended[str(i)].timings for i in range(len(arrivals))]
+    first = np.array([timing.first_token_s for timing in timings])
+    return _latencies(arrivals, first, np.array([timing.finished_s for timing in timings]), np.array(work.num_new))
+
+
+def static_capacity(model: Any, work: Workload) -> float:
+    """Requests a second that full static batches complete when everybody is there from the start."""
+    makespan = serve_static(model, work, rate=1e9).makespan_s
+    return len(work.prompts) / makespan
+
+
+def _latencies(
+    arrivals: NDArray[np.float64],
+    first: NDArray[np.float64],
+    last: NDArray[np.float64],
+    num_new: NDArray[np.int64],
+) -> Latencies:
+    tpot = (last - first) / (num_new - 1)
+    return Latencies(
+        float(np.quantile(first - arrivals, 0.9)), float(np.quantile(tpot, 0.9)), float(last.max() - arrivals[0])
+    )

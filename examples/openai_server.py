@@ -1,0 +1,149 @@
+"""An OpenAI-compatible server: completions and chats, whole or streamed. Try `python examples/openai_server.py`."""
+
+import argparse
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import openai_protocol as protocol
+import uvicorn
+from jinja2 import TemplateError
+from openai_protocol import Json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from tiny_model import model_and_tokenizer
+
+from pagedkv.engine import LLM, AsyncLLM, EngineClosedError, Piece, SamplingParams
+from pagedkv.engine.metrics import PrometheusExporter
+from pagedkv.errors import InvalidArgumentError, PagedKVError
+
+NO_TOKENS = SamplingParams(max_tokens=0)
+
+
+class Server:
+    """The routes over one engine."""
+
+    def __init__(self, llm: LLM, name: str) -> None:
+        self.llm = llm
+        self.name = name
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+            ],
+            exception_handlers={
+                HTTPException: lambda _, cause: refusal(cause.status_code, cause.detail),
+                InvalidArgumentError: lambda _, cause: refusal(400, cause),
+                EngineClosedError: lambda _, cause: refusal(503, cause),
+                PagedKVError: lambda _, cause: refusal(500, cause),
+            },
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self.exporter = PrometheusExporter(self.llm.metrics, labels={"model_name": self.name})
+        async with AsyncLLM(self.llm) as self.engine:
+            yield
+
+    async def _models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "pagedkv"}]})
+
+    async def _health(self, _request: Request) -> Response:
+        return Response(status_code=503 if self.engine.is_closed else 200)
+
+    async def _metrics(self, _request: Request) -> Response:
+        return PlainTextResponse(self.exporter.text(), headers={"content-type": self.exporter.content_type})
+
+    async def _completions(self, request: Request) -> Response:
+        body = await self._read(request)
+        prompts = [(await self.engine.check(each, NO_TOKENS))[0] for each in protocol.prompts_of(body)]
+        return await self._answer(request, body, prompts, is_chat=False)
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._read(request)
+        try:
+            prompt = await self.engine.chat_prompt(protocol.messages_of(body))
+        except TemplateError as cause:  # The model's own template refuses what it was not made for.
+            raise HTTPException(400, f"the chat template refuses these messages: {cause}") from None
+        return await self._answer(request, body, [prompt], is_chat=True)
+
+    async def _read(self, request: Request) -> Json:
+        try:
+            body = protocol.known_fields(await request.json())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise HTTPException(400, "the body is not JSON") from None
+        if body.get("model", self.name) != self.name:
+            raise HTTPException(404, f"the model {body['model']!r} is not here, only {self.name!r}")
+        return body
+
+    async def _answer(self, request: Request, body: Json, prompts: list[Any], *, is_chat: bool) -> Response:
+        params = protocol.params_of(body, prompts, self.llm.max_length, is_chat=is_chat)
+        head = protocol.head_of(self.name, is_chat=is_chat, is_stream=bool(body.get("stream")))
+        if not body.get("stream"):
+            work = (self.engine.generate(prompt, params) for prompt in prompts)
+            outputs = await while_connected(request, asyncio.gather(*work))
+            choices = protocol.choices_of(self.llm.tokenizer, outputs, is_chat=is_chat)
+            return JSONResponse(head | {"choices": choices, "usage": protocol.usage_of(outputs)})
+        pieces = self.engine.stream(prompts[0], params)
+        first = await while_connected(request, anext(pieces))  # An error until here still has a status of its own.
+        num_prompt = len(prompts[0]) if body.get("stream_options", {}).get("include_usage") else None
+        events = self._events(head, pieces, first, num_prompt, is_chat=is_chat)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _events(
+        self, head: Json, pieces: AsyncGenerator[Piece, None], first: Piece, num_prompt: int | None, *, is_chat: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events: the pieces, the usage unless `num_prompt` is None, [DONE]."""
+        num_new, begun, piece = 0, set(), first
+        async with aclosing(pieces):
+            try:
+                while piece is not None:
+                    is_first = piece.index not in begun
+                    chunk = protocol.chunk_of(self.llm.tokenizer, piece, is_chat=is_chat, is_first=is_first)
+                    begun.add(piece.index)
+                    num_new += len(piece.token_ids)
+                    yield f"data: {json.dumps(head | {'choices': [chunk]})}\n\n"
+                    piece = await anext(pieces, None)
+            except Exception as cause:  # noqa: BLE001 - the status was sent already; the stream itself says what happened
+                yield f"data: {json.dumps(protocol.error(500, str(cause)))}\n\n"
+                return
+        if num_prompt is not None:
+            yield f"data: {json.dumps(head | {'choices': [], 'usage': protocol.usage(num_prompt, num_new)})}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+def refusal(status: int, cause: object) -> Response:
+    """An error as OpenAI's clients know it."""
+    return JSONResponse(protocol.error(status, str(cause)), status)
+
+
+async def while_connected(request: Request, work: Awaitable[Any]) -> Any:
+    """What `work` gives; it is cancelled if the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="name or folder of a model of transformers; none: a tiny random one")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    server = Server(LLM(*model_and_tokenizer(options.model)), options.model or "tiny")
+    uvicorn.run(server.app, host=options.host, port=options.port, timeout_graceful_shutdown=10)
