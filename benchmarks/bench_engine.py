@@ -50,7 +50,11 @@ def add_rates(report: harness.Report, what: str, seconds: dict[str, list[float]]
     own = seconds["pagedkv"]
     for name, values in seconds.items():
         figures = spread([num_tokens / value for value in values])
-        more = {} if name == "pagedkv" else {"ours": round(statistics.median(v / o for v, o in zip(values, own)), 2)}
+        more = (
+            {}
+            if name == "pagedkv"
+            else {"ours": round(statistics.median(v / o for v, o in zip(values, own, strict=True)), 2)}
+        )
         report.add(f"{what}: {name}", figures, "output tokens / CPU s", **more)
 
 
@@ -99,7 +103,7 @@ def tight_rows(report: harness.Report, model: Any) -> None:
     seconds = take_turns({name: (lambda llm=llm: ours(llm, prompts)) for name, llm in llms.items()})
     for name, llm in llms.items():
         num_preemptions = llm.metrics().num_preemptions // (NUM_REPEATS + 2)
-        share = statistics.median(a / b for a, b in zip(seconds["ample"], seconds[name]))
+        share = statistics.median(a / b for a, b in zip(seconds["ample"], seconds[name], strict=True))
         figures = spread([32 * NUM_NEW / value for value in seconds[name]])
         more = {"preemptions": num_preemptions, "of_ample": round(share, 2)}
         report.add(f"pool: {name}", figures, "output tokens / CPU s", **more)
@@ -153,7 +157,9 @@ def stream_rows(report: harness.Report, model: Any) -> None:
         found = [case() for _ in range(3)]
         tpot = statistics.median(latencies.tpot_s for latencies in found) * 1e3
         figures = spread([latencies.ttft_s * 1e3 for latencies in found])
-        report.add(f"stream, {name}: p90 TTFT", figures, "ms", p90_tpot_ms=round(tpot, 2), requests_per_s=round(rate, 1))
+        report.add(
+            f"stream, {name}: p90 TTFT", figures, "ms", p90_tpot_ms=round(tpot, 2), requests_per_s=round(rate, 1)
+        )
 
 
 def main() -> None:

@@ -40,9 +40,7 @@ def random_prompts(num: int, shortest: int, longest: int, seed: int = 0) -> Prom
     return [rng.integers(1, VOCABULARY, rng.integers(shortest, longest + 1)).tolist() for _ in range(num)]
 
 
-def padded_batch(
-    model: Any, prompts: Prompts, num_new: int, on_step: Callable[[], None] | None = None
-) -> Tokens:
+def padded_batch(model: Any, prompts: Prompts, num_new: int, on_step: Callable[[], None] | None = None) -> Tokens:
     """`generate` on one batch, the prompts padded on their left; `on_step` is called when the logits of a step are there."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])

@@ -56,12 +56,12 @@ class WorkClock:
         self._offset += max(0.0, moment - self())
 
 
-def azure_workload(seed: int = 0) -> Workload:
-    """The first requests of the trace, both lengths divided by `DIVISOR`, at least 1."""
+def azure_workload(seed: int = 0, first: int = 0) -> Workload:
+    """`NUM_REQUESTS` requests of the trace from the `first`-th on, lengths divided by `DIVISOR`, two new tokens at least."""
     trace = load_trace(TRACE)
     rng = np.random.default_rng(seed)
-    lengths = np.maximum(trace.prompt_tokens[:NUM_REQUESTS] // DIVISOR, 1)
-    num_new = np.maximum(trace.output_tokens[:NUM_REQUESTS] // DIVISOR, 2)
+    lengths = np.maximum(trace.prompt_tokens[first : first + NUM_REQUESTS] // DIVISOR, 1)
+    num_new = np.maximum(trace.output_tokens[first : first + NUM_REQUESTS] // DIVISOR, 2)
     prompts = [rng.integers(1, VOCABULARY, length).tolist() for length in lengths.tolist()]
     return Workload(prompts, num_new.tolist(), rng.exponential(size=NUM_REQUESTS).cumsum())
 
@@ -84,12 +84,14 @@ def serve_static(model: Any, work: Workload, rate: float) -> Latencies:
     return _latencies(arrivals, first, last, np.array(work.num_new))
 
 
-def serve_engine(model: Any, work: Workload, rate: float) -> Latencies:
-    """The engine steps whenever it has work; requests join when they arrive."""
+def serve_engine(model: Any, work: Workload, rate: float, record: Path | None = None) -> Latencies:
+    """The engine steps whenever it has work; requests join when they arrive. `record`: a folder for the run."""
     arrivals = work.arrivals / rate
     clock = WorkClock()
-    llm = LLM(model, num_blocks=4096, max_num_running=64, max_num_batched_tokens=512, self_check=False, clock=clock)
-    clock._offset = -time.thread_time()
+    limits = {"num_blocks": 4096, "max_num_running": 64, "max_num_batched_tokens": 512}
+    llm = LLM(model, self_check=False, record=record, clock=clock, **limits)
+    origin = clock()
+    arrivals = arrivals + origin
     ended: dict[str, RequestOutput] = {}
 
     def keep(output: RequestOutput) -> None:
@@ -105,6 +107,7 @@ def serve_engine(model: Any, work: Workload, rate: float) -> Latencies:
             llm.engine.add(str(added), token_ids, params, on_finish=keep)
             added += 1
         llm.engine.step()
+    llm.close()
     timings = [ended[str(i)].timings for i in range(len(arrivals))]
     first = np.array([timing.first_token_s for timing in timings])
     return _latencies(arrivals, first, np.array([timing.finished_s for timing in timings]), np.array(work.num_new))
