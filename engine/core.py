@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -31,6 +31,7 @@ from pagedkv.storage import KVStorage
 
 __all__ = ["Engine"]
 
+T = TypeVar("T")
 NO_TOKENS = np.empty(0, np.int32)
 NOTHING_SAMPLED = Sampled(NO_TOKENS, None, {})
 
@@ -76,6 +77,7 @@ class Engine:
         self._rows = RowColumns()
         self._has_failed = False
         """Whether the last step failed."""
+        self._callback_errors: list[Exception] = []
 
     # Requests
 
@@ -92,7 +94,7 @@ class Engine:
         priority: float = 0.0,
         salt: bytes = b"",
     ) -> None:
-        """Queue a request. Callbacks come from within `step` and `abort`.
+        """Queue a request. Callbacks come from within `step` and `abort`; what one raises comes out there, once the work is done.
 
         Raises DuplicateIdError, InvalidArgumentError, and RequestTooLargeError if it can never fit.
         """
@@ -132,6 +134,10 @@ class Engine:
     @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
+        self._end_request(request_id, error)
+        self._raise_from_callbacks()
+
+    def _end_request(self, request_id: str, error: Exception | None) -> None:
         now = self._clock()
         tokens = self.scheduler.outputs(request_id)
         self.scheduler.abort(request_id, now)
@@ -156,8 +162,9 @@ class Engine:
     def close(self) -> None:
         """Abort every live request and complete the files that are being written."""
         for request_id in list(self._requests):
-            self.abort(request_id)
+            self._end_request(request_id, None)
         self._observers.close()
+        self._raise_from_callbacks()
 
     def metrics(self) -> MetricsSnapshot:
         """Counters, gauges and histograms as they are now. From any thread. O(buckets)."""
@@ -181,6 +188,7 @@ class Engine:
             sampled, counts = self._sample(plan, logits, computed)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
+            self._raise_from_callbacks()
             return
         except BaseException:
             self.scheduler.fail(plan, self._clock(), "interrupted")
@@ -194,6 +202,7 @@ class Engine:
         self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
+        self._raise_from_callbacks()
 
     def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> tuple[Sampled, Int64s | None]:
         """Choose the next tokens, packed by sampling row, and how many each row got; None: one each.
@@ -217,7 +226,7 @@ class Engine:
         for idx, error in sampled.errors.items():
             request_id = self._rows.samples[rows[idx]].request.request_id
             if request_id in self._requests:
-                self.abort(request_id, error)
+                self._end_request(request_id, error)
 
     def _tell(
         self, rows: Rows, sampled: Sampled, counts: Int64s | None
@@ -271,7 +280,7 @@ class Engine:
             self._finish_sample(sample, ended.output_token_ids, reason, now)
         for sample in touched:
             if sample.request.on_piece is not None and not sample.has_finished:
-                sample.request.on_piece(sample.take_piece())
+                self._call(sample.request.on_piece, sample.take_piece())
 
     def _finish_sample(self, sample: LiveSample, token_ids: Int32s, reason: str, now: float) -> None:
         live = sample.request
@@ -280,10 +289,22 @@ class Engine:
         if self._drafts is not None:
             self._drafts.end((live.request_id, sample.index))
         if live.on_piece is not None:
-            live.on_piece(replace(sample.take_piece(), finish_reason=reason, stop=completion.stop))
+            self._call(live.on_piece, replace(sample.take_piece(), finish_reason=reason, stop=completion.stop))
         if len(live.completions) == live.num_samples:
             del self._requests[live.request_id]
-            live.on_finish(live.output(now))
+            self._call(live.on_finish, live.output(now))
+
+    def _call(self, callback: Callable[[T], None], value: T) -> None:
+        """Hand something to a caller. What it raises waits until the others have theirs."""
+        try:
+            callback(value)
+        except Exception as error:  # noqa: BLE001 - a caller may raise anything; it must not take other requests along
+            self._callback_errors.append(error)
+
+    def _raise_from_callbacks(self) -> None:
+        if self._callback_errors:
+            errors, self._callback_errors = self._callback_errors, []
+            raise errors[0] if len(errors) == 1 else ExceptionGroup("callbacks raised", errors)
 
     def _note_admission(self, event: Admitted) -> None:
         live = self._requests[event.request_id]
@@ -302,7 +323,7 @@ class Engine:
             if request_id in self._requests:
                 failure = ModelStepError(f"the model raised {type(cause).__name__} in request {request_id!r}: {cause}")
                 failure.__cause__ = cause
-                self.abort(request_id, failure)
+                self._end_request(request_id, failure)
 
     # Rows
 

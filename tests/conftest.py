@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Triton asks once, on import, whether kernels are to be interpreted, and transformers imports it. A machine with a GPU sets
+# this to 0 to compile them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 

@@ -466,3 +466,23 @@ def test_a_program_that_handles_sigint_itself_goes_on_doing_so(llm: LLM, monkeyp
     assert received == [signal.SIGINT] * 10
     assert tokens_of(outputs) == quiet_tokens(PROMPTS, GREEDY)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_callback_that_raises_comes_out_of_step_and_takes_nobody_along(llm: LLM) -> None:
+    expected = [
+        output.token_ids for output in llm.generate([[1, 2, 3], [4, 5, 6]], SamplingParams(max_tokens=3, temperature=0))
+    ]
+    ended: list[RequestOutput] = []
+
+    def fail(_output: RequestOutput) -> None:
+        raise ZeroDivisionError("a bug of the caller")
+
+    params = SamplingParams(max_tokens=3, temperature=0)
+    llm.engine.add("a", np.array([1, 2, 3], np.int32), params, on_finish=fail)
+    llm.engine.add("b", np.array([4, 5, 6], np.int32), params, on_finish=ended.append)
+    llm.engine.step()
+    llm.engine.step()
+    with pytest.raises(ZeroDivisionError, match="a bug of the caller"):
+        llm.engine.step()
+
+    assert [output.token_ids for output in ended] == expected[1:]
