@@ -110,7 +110,7 @@ class Loop:
             logits = self.graphs.forward(plan, self.tables)
             self.num_from_graphs += logits is not None
         if logits is None:
-            logits = self.model.forward(StepInputs.of_plan(plan, tables, BLOCK_SIZE, self.model.device))
+            logits = self.model.forward(StepInputs.of_plan(plan, tables[plan.rows], self.model.device))
         likeliest = logits.argmax(dim=-1).to(torch.int32)
         launched = time.perf_counter()
         tokens = likeliest.cpu().numpy() if forced is None else forced

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pagedkv.arrays import Int32s, Int64s, cdiv
+from pagedkv.arrays import Int32s, Int64s
 from pagedkv.attention import AttentionPlan
 from pagedkv.attention import plan as plan_attention
 from pagedkv.scheduler import StepPlan
@@ -45,7 +46,7 @@ class StepInputs:
         token_ids: Int32s,
         positions: Int64s,
         slot_mapping: Int64s,
-        block_tables: Int32s,
+        block_tables: Int32s | Tensor,
         seq_lens: Int64s,
         query_start_loc: Int32s,
         logit_indices: Int64s,
@@ -57,22 +58,22 @@ class StepInputs:
         self.token_ids = torch.from_numpy(token_ids.astype(np.int64)[None]).to(device)
         self.positions = torch.from_numpy(positions[None]).to(device)
         self.slot_mapping = torch.from_numpy(slot_mapping).to(device)
-        self.block_tables = torch.from_numpy(block_tables).to(device)
+        self.block_tables = (
+            block_tables if isinstance(block_tables, Tensor) else torch.from_numpy(block_tables).to(device)
+        )
         self.seq_lens = torch.from_numpy(self._lengths).to(device)
         self.query_start_loc = torch.from_numpy(query_start_loc).to(device)
         self.logit_indices = torch.from_numpy(logit_indices).to(device)
 
     @classmethod
-    def of_plan(cls, plan: StepPlan, block_tables: Int32s, block_size: int, device: torch.device) -> StepInputs:
-        """The whole step. `block_tables` are the scheduler's, (rows, width)."""
-        seq_lens = plan.seq_lens
-        width = cdiv(int(np.maximum.reduce(seq_lens)), block_size)
+    def of_plan(cls, plan: StepPlan, block_tables: Int32s | Tensor, device: torch.device) -> StepInputs:
+        """The whole step. `block_tables` are those of the plan's rows, (len(plan.rows), width), on the host or the device."""
         return cls(
             token_ids=plan.token_ids,
             positions=plan.positions,
             slot_mapping=plan.slot_mapping,
-            block_tables=block_tables[:, :width][plan.rows],
-            seq_lens=seq_lens,
+            block_tables=block_tables,
+            seq_lens=plan.seq_lens,
             query_start_loc=plan.query_start_loc,
             logit_indices=plan.logit_indices,
             device=device,

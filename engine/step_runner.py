@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from pagedkv.arrays import cdiv
@@ -51,4 +52,6 @@ class StepRunner:
             logits = self._graphs.forward(plan, self._tables)
             if logits is not None:
                 return logits
-        return self.model.forward(StepInputs.of_plan(plan, tables, self.model.block_size, self.model.device))
+        width = cdiv(int(np.maximum.reduce(plan.seq_lens)), self.model.block_size)
+        own = tables[:, :width][plan.rows] if self._tables is None else self._tables.gather(plan.rows, width)
+        return self.model.forward(StepInputs.of_plan(plan, own, self.model.device))

@@ -77,7 +77,7 @@ class Loop:
                 self.drafts.seat(row, (name, sample_idx), known, max_length=num_prompt + NUM_NEW)
         self.storage.apply(plan)
         logits = self.model.forward(
-            StepInputs.of_plan(plan, self.scheduler.block_tables, BLOCK_SIZE, self.model.device)
+            StepInputs.of_plan(plan, self.scheduler.block_tables[plan.rows], self.model.device)
         )
         rows, lengths = positions_of(plan)
         tokens = self.sampler.sample(logits, rows, lengths).token_ids
