@@ -1,6 +1,22 @@
-"""`python -m pagedkv` is the `pagedkv` command."""
+"""The `pagedkv` command, also as `python -m pagedkv`."""
 
-from pagedkv.simulations.cli import main
+import sys
+
+COMMAND_NEEDS = ("msgspec", "plotly", "rich", "typer")
+
+
+def main() -> None:
+    """Run the command, or say in one line which extra brings what it needs."""
+    try:
+        from pagedkv.simulations.cli import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        if error.name not in COMMAND_NEEDS:
+            raise
+        sys.stderr.write(f"error: the pagedkv command needs {error.name}: pip install 'pagedkv[sim]'\n")
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

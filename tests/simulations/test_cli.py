@@ -146,3 +146,15 @@ def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
         2,
         "error: t.csv: expected a trace that names shared blocks, found none named\n",
     )
+
+
+def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise ModuleNotFoundError('no msgspec', name='msgspec')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pagedkv.__main__ as command; command.main()"
+
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: the pagedkv command needs msgspec: pip install 'pagedkv[sim]'\n",
+    )
