@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pagedkv.arrays import cdiv
 from pagedkv.engine.errors import UnsupportedModelError
@@ -21,16 +23,24 @@ NUM_TOKENS = 24
 MAX_TOKENS = 96
 NUM_COMPARED = 8
 BLOCK_SIZE = 4
-# Of the spread of the logits. Rounding gives about 1e-5 in float32 and 3e-2 in bfloat16 with a few dozen layers; attention
-# that misses a window, a mask or a bias is off by the order of the spread itself.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+LEAST_TOLERANCE = 1e-3
+NOISE_FACTOR = 4
+"""Over 13 families, three dtypes, 2 and 16 layers with large random weights, paging made 0.2 to 0.9 of what a changed last place
+of the embeddings makes."""
+INCONCLUSIVE = 0.5
+"""Of the spread of the logits: attention that misses a window, a mask or a bias is off by that order. A model that makes as
+much of a rounding error cannot be told from a wrong one."""
 
 
 def check_same_logits(model: Any, layers: list[LayerShape]) -> None:
     """Compare the logits of the last few tokens of a random text: whole by the model itself, and in two steps, paged.
 
-    The median over the tokens counts, since a mixture of experts may choose others by a rounding error. Three forward passes of
-    at most 96 tokens. Raises UnsupportedModelError if they differ.
+    How much of a difference is rounding is measured: the model runs once more, its embeddings changed by a unit in the last place.
+    Four times what comes of that is allowed, and a thousandth of the spread of the logits at least. The median over the tokens
+    counts, since a mixture of experts may choose others by a rounding error. Where rounding alone could explain half of the
+    spread (deep mixtures of experts in bfloat16), the comparison says nothing, and nothing is refused.
+
+    Four forward passes of at most 96 tokens. Raises UnsupportedModelError if the logits differ.
     """
     name = type(model).__name__
     windows = [layer.window for layer in layers if layer.window is not None]
@@ -43,16 +53,44 @@ def check_same_logits(model: Any, layers: list[LayerShape]) -> None:
     paged_model = PagedModel(model, layers, KVStorage(spec, num_blocks, next(model.parameters()).device))
     paged = _paged_logits(paged_model, tokens, num_blocks)
     device_tokens = torch.from_numpy(tokens.astype(np.int64)[None]).to(paged_model.device)
-    with torch.inference_mode():
-        plain = model(input_ids=device_tokens, use_cache=False).logits[0, -NUM_COMPARED:]
-    difference = (paged - plain).float().abs().amax(dim=-1) / plain.float().std(dim=-1)
-    error = float(difference.median())
-    if not error <= TOLERANCE[model.dtype]:
+    plain = _plain_logits(model, device_tokens)
+    with _changed_by_rounding(model):
+        noise = _difference(_plain_logits(model, device_tokens), plain)
+    allowed = max(LEAST_TOLERANCE, NOISE_FACTOR * noise)
+    error = _difference(paged, plain)
+    if allowed <= INCONCLUSIVE and not error <= allowed:
         raise UnsupportedModelError(
             name,
-            f"through block tables its logits differ from its own by {error:.2g} of their spread: its attention does "
-            "something that the op does not know",
+            f"through block tables its logits differ from its own by {error:.2g} of their spread, by rounding at most "
+            f"{allowed:.2g}: its attention does something that the op does not know",
         )
+
+
+def _plain_logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, -NUM_COMPARED:]
+    return logits
+
+
+def _difference(logits: Tensor, other: Tensor) -> float:
+    """Largest difference of a token's logits, over their spread; the median over the tokens."""
+    return float(((logits - other).float().abs().amax(dim=-1) / other.float().std(dim=-1)).median())
+
+
+@contextmanager
+def _changed_by_rounding(model: Any) -> Iterator[None]:
+    """Within, embeddings are off by up to a unit in the last place, each its own way."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        noise = torch.rand(output.shape, generator=generator).to(output.device) * 2 - 1
+        return (output.float() * (1 + torch.finfo(output.dtype).eps * noise)).to(output.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _paged_logits(model: PagedModel, tokens: np.ndarray[Any, np.dtype[np.int32]], num_blocks: int) -> Tensor:
