@@ -35,10 +35,10 @@ much of a rounding error cannot be told from a wrong one."""
 def check_same_logits(model: Any, layers: list[LayerShape]) -> None:
     """Compare the logits of the last few tokens of a random text: whole by the model itself, and in two steps, paged.
 
-    How much of a difference is rounding is measured: the model runs once more, its embeddings changed by a unit in the last place.
-    Four times what comes of that is allowed, and a thousandth of the spread of the logits at least. The median over the tokens
-    counts, since a mixture of experts may choose others by a rounding error. Where rounding alone could explain half of the
-    spread (deep mixtures of experts in bfloat16), the comparison says nothing, and nothing is refused.
+    How much of a difference is rounding is measured: the model runs once more, its embeddings changed by a unit in the
+    last place. Four times what comes of that is allowed, and a thousandth of the spread of the logits at least. The median
+    over the tokens counts, since a mixture of experts may choose others by a rounding error. Where rounding alone could
+    explain half of the spread (deep mixtures of experts in bfloat16), the comparison says nothing, and nothing is refused.
 
     Four forward passes of at most 96 tokens. Raises UnsupportedModelError if the logits differ.
     """
