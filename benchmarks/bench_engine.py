@@ -22,6 +22,8 @@ from harness import spread
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.sampling import Sampler
+from pagedkv.engine.step_inputs import StepInputs
+from pagedkv.scheduler import Scheduler
 
 NUM_NEW = 48
 NUM_REPEATS = 5
@@ -109,38 +111,46 @@ def tight_rows(report: harness.Report, model: Any) -> None:
         report.add(f"pool: {name}", figures, "output tokens / CPU s", **more)
 
 
-def bookkeeping_row(report: harness.Report, model: Any) -> None:
-    """256 running: CPU time of a steady decode step outside of the model's forward pass and the argmax over its logits."""
+def bookkeeping_rows(report: harness.Report, model: Any) -> None:
+    """256 running: CPU time of the parts of a decode step, in the midst of the model's passes, which empty the caches."""
     llm = LLM(model, num_blocks=8192, max_num_running=256, max_num_batched_tokens=16384, self_check=False)
     engine = llm.engine
-    parts = {"model": 0.0, "sampling": 0.0}
+    spent: dict[str, float] = {}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             start = time.thread_time()
             result = function(*arguments)
-            parts[name] += time.thread_time() - start
+            spent[name] = spent.get(name, 0.0) + time.thread_time() - start
             return result
 
         return call
 
-    PagedModel.forward, Sampler.sample = timed("model", PagedModel.forward), timed("sampling", Sampler.sample)
     for i, prompt in enumerate(random_prompts(256, 20, 40)):
         token_ids, params = llm.check(prompt, SamplingParams(max_tokens=200, temperature=0))
         engine.add(str(i), token_ids, params, on_finish=lambda _output: None)
     engine.step()
-    rest, model_times = [], []
+    Scheduler.schedule = timed("scheduler and manager", Scheduler.schedule)  # type: ignore[method-assign]
+    Scheduler.update = timed("scheduler and manager", Scheduler.update)  # type: ignore[method-assign]
+    StepInputs.of_plan = timed("metadata", StepInputs.of_plan)  # type: ignore[method-assign]
+    PagedModel.forward = timed("model", PagedModel.forward)  # type: ignore[method-assign]
+    Sampler.sample = timed("sampling", Sampler.sample)  # type: ignore[method-assign]
+    steps = []
     for _ in range(150):
-        before, start = dict(parts), time.thread_time()
+        spent.clear()
+        start = time.thread_time()
         engine.step()
-        total = time.thread_time() - start
-        inside = {name: parts[name] - before[name] for name in parts}
-        rest.append((total - sum(inside.values())) * 1e6)
-        model_times.append(inside["model"] * 1e6)
+        steps.append({"step": time.thread_time() - start} | spent)
     llm.close()
+    parts = ("scheduler and manager", "metadata")
     report.add(
-        "bookkeeping of a decode step, 256 running", spread(rest), "us", model_us=round(statistics.median(model_times))
+        "decode step, 256 running: scheduler, manager, metadata",
+        spread([1e6 * sum(step[part] for part in parts) for step in steps]),
+        "us",
+        **{f"{part}_us": round(statistics.median(1e6 * step[part] for step in steps)) for part in (*parts, "model")},
     )
+    rest = [1e6 * (step["step"] - step["model"] - step["sampling"]) for step in steps]
+    report.add("decode step, 256 running: all but the model and the choice of tokens", spread(rest), "us")
 
 
 def stream_rows(report: harness.Report, model: Any) -> None:
@@ -167,7 +177,7 @@ def main() -> None:
         "batch": batch_rows,
         "prefix": prefix_rows,
         "tight": tight_rows,
-        "bookkeeping": bookkeeping_row,
+        "bookkeeping": bookkeeping_rows,
         "stream": stream_rows,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
