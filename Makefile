@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # seen from the folder above it.
 EDITABLE := --config-settings editable_mode=compat --editable
 
-.PHONY: demo demo-engine test check slow bench gpu-check clean
+.PHONY: demo demo-engine test check slow soak bench gpu-check clean
 
 demo: .venv/demo ## Replay the sample trace and say where the report is.
 	$(BIN)/pagedkv replay --out out-demo
@@ -19,6 +19,12 @@ test: .venv/test ## Run the tests.
 
 slow: .venv/test ## Run the slow tests too.
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# docs/reliability.md says what each line measures and what came of it.
+soak: .venv/test ## The long checks: an hour of fuzzing (SECONDS=60 for less), long forms of tests on trust, every mutant.
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),3600)
+	$(BIN)/python -m pytest -m slow tests/security tests/fuzz tests/pagedkv
+	$(BIN)/python benchmarks/mutation.py --sample 0
 
 check: .venv/test ## Lint, format and types.
 	$(BIN)/ruff check .

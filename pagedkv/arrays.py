@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -10,7 +11,18 @@ from numpy.typing import NDArray
 
 from pagedkv.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int32s", "Int64s", "Rows", "as_int", "as_token_ids", "cdiv", "packed_runs"]
+__all__ = [
+    "BlockIds",
+    "Int32s",
+    "Int64s",
+    "MAX_TOKENS",
+    "Rows",
+    "as_int",
+    "as_token_ids",
+    "cdiv",
+    "packed_runs",
+    "shown",
+]
 
 Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
@@ -20,6 +32,9 @@ Rows: TypeAlias = Int64s
 """(n,) int64: indices of live sequences in the columnar tables."""
 
 MAX_TOKEN_ID = 2**31 - 1
+MAX_TOKENS = 2**26
+"""Documented cap on the tokens of one sequence."""
+MAX_SHOWN_CHARS = 60
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -43,23 +58,49 @@ def packed_runs(firsts: Int64s, counts: Int64s) -> Int64s:
     return runs
 
 
+def shown(value: object) -> str:
+    """A value for an error message: its repr, at most 60 characters of it, whatever the value is.
+
+    >>> shown("a" * 100)[-6:]
+    'aaa...'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+
+
 def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
     """Return `value` as an int if it is a whole number in `at_least..at_most`; booleans and floats are not.
 
     Raises InvalidArgumentError with the name, the range and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InvalidArgumentError(f"{name} must be a whole number, found {value!r}")
+        raise InvalidArgumentError(f"{name} must be a whole number, found {shown(value)}")
     if not at_least <= value <= at_most:
-        raise InvalidArgumentError(f"{name} must be in {at_least}..{at_most}, found {value}")
+        raise InvalidArgumentError(f"{name} must be in {at_least}..{at_most}, found {shown(int(value))}")
     return int(value)
 
 
+def _listed(values: Iterable[int]) -> list[int]:
+    """The values as a list. Raises ValueError for more than `MAX_TOKENS`, before memory is taken for them if they tell."""
+    num_told = len(values) if isinstance(values, Sized) else 0
+    if num_told <= MAX_TOKENS:
+        listed = list(islice(values, num_told or MAX_TOKENS + 1))
+        if len(listed) <= MAX_TOKENS:
+            return listed
+    raise ValueError(f"more than {MAX_TOKENS} of them")
+
+
 def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
-    """Return token ids as a (n,) int32 array. Raises InvalidArgumentError unless all are whole, 0..2^31-1. O(n)."""
+    """Return token ids as a (n,) int32 array. Raises InvalidArgumentError unless all are whole, 0..2^31-1. O(n).
+
+    At most 2^26 of anything but an array are looked at. No error shows a token that could be one of a prompt.
+    """
     try:
-        array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
-    except (TypeError, ValueError) as error:
+        array = np.asarray(values if isinstance(values, np.ndarray) else _listed(values))
+    except (TypeError, ValueError, OverflowError) as error:
         found = type(values).__name__
         raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {found}: {error}") from None
     if array.size == 0:
@@ -68,5 +109,6 @@ def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
         raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {array.dtype} of {array.shape}")
     # No int32 is too large, and a step's tokens usually are int32: one pass less.
     if np.minimum.reduce(array) < 0 or (array.dtype != np.int32 and np.maximum.reduce(array) > MAX_TOKEN_ID):
-        raise InvalidArgumentError(f"{name} must be in 0..{MAX_TOKEN_ID}, found {array.min()}..{array.max()}")
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise InvalidArgumentError(f"{name} must be in 0..{MAX_TOKEN_ID}, found {wrong}")
     return array.astype(np.int32)

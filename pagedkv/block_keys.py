@@ -13,12 +13,25 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import TypeAlias
 
 from pagedkv.arrays import as_int
 from pagedkv.errors import InvalidArgumentError
 
-__all__ = ["CacheIdentity", "ExtraKey", "Key", "MAX_SALT_BYTES", "as_extras", "chain_keys", "encode_extras", "root_key"]
+__all__ = [
+    "CacheIdentity",
+    "ExtraKey",
+    "Key",
+    "MAX_EXTRAS",
+    "MAX_SALT_BYTES",
+    "as_extras",
+    "chain_keys",
+    "check_adapter",
+    "check_salt",
+    "encode_extras",
+    "root_key",
+]
 
 Key: TypeAlias = bytes | int
 """A block's name: 32 bytes of SHA-256 over token content, or the id that a trace gives to simulated content."""
@@ -27,6 +40,8 @@ SCHEME = b"pagedkv-block-key-v1"
 MAX_SALT_BYTES = 64
 MAX_TEXT_BYTES = 4096
 MAX_POSITION = 2**62
+MAX_EXTRAS = 1024
+"""Documented cap on the items of one prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +81,23 @@ def _field(data: bytes) -> bytes:
 def _text(name: str, value: str) -> bytes:
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a str, found {type(value).__name__}")
-    data = value.encode("utf-8", "surrogatepass")
+    # Before it is encoded: a character takes at least one byte.
+    data = value[: MAX_TEXT_BYTES + 1].encode("utf-8", "surrogatepass")
     if len(data) > MAX_TEXT_BYTES:
-        raise InvalidArgumentError(f"{name} must be at most {MAX_TEXT_BYTES} bytes, found {len(data)}")
+        raise InvalidArgumentError(f"{name} must be at most {MAX_TEXT_BYTES} bytes, found more")
     return data
+
+
+def check_salt(salt: bytes) -> None:
+    """Raise InvalidArgumentError, which does not show it, unless this is a salt: at most 64 bytes. O(1)."""
+    if not isinstance(salt, bytes) or len(salt) > MAX_SALT_BYTES:
+        raise InvalidArgumentError(f"salt must be at most {MAX_SALT_BYTES} bytes, found {type(salt).__name__}")
+
+
+def check_adapter(adapter: str | None) -> None:
+    """Raise InvalidArgumentError unless this is None or the name of an adapter: at most 4096 bytes of UTF-8. O(n)."""
+    if adapter is not None:
+        _text("adapter", adapter)
 
 
 def root_key(identity: CacheIdentity, block_size: int, *, salt: bytes = b"", adapter: str | None = None) -> bytes:
@@ -80,8 +108,7 @@ def root_key(identity: CacheIdentity, block_size: int, *, salt: bytes = b"", ada
     >>> root_key(CacheIdentity(), 16).hex()[:16]
     'bef658abb1b3a2bd'
     """
-    if not isinstance(salt, bytes) or len(salt) > MAX_SALT_BYTES:
-        raise InvalidArgumentError(f"salt must be at most {MAX_SALT_BYTES} bytes, found {type(salt).__name__}")
+    check_salt(salt)
     adapter_field = b"\0" if adapter is None else b"\1" + _field(_text("adapter", adapter))
     encoded = (
         _field(SCHEME)
@@ -95,8 +122,10 @@ def root_key(identity: CacheIdentity, block_size: int, *, salt: bytes = b"", ada
 
 
 def as_extras(values: Iterable[ExtraKey]) -> tuple[ExtraKey, ...]:
-    """Return the items as a tuple. Raises InvalidArgumentError unless each is an ExtraKey, before anything is hashed."""
-    extras = tuple(values) if isinstance(values, Iterable) else (values,)
+    """Return the items as a tuple. Raises InvalidArgumentError unless all are ExtraKeys, at most 1024 of them."""
+    extras = tuple(islice(values, MAX_EXTRAS + 1)) if isinstance(values, Iterable) else (values,)
+    if len(extras) > MAX_EXTRAS:
+        raise InvalidArgumentError(f"a prompt has at most {MAX_EXTRAS} extras, found more")
     for extra in extras:
         if not isinstance(extra, ExtraKey):
             raise InvalidArgumentError(f"extras must be ExtraKey items, found {type(extra).__name__}")

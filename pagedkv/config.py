@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pagedkv.arrays import as_int
+from pagedkv.arrays import as_int, shown
 from pagedkv.block_keys import CacheIdentity
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import ConfigError, InvalidArgumentError
@@ -19,7 +19,8 @@ class CacheConfig:
     """Sizes of the two pools and of a block.
 
     `num_blocks` device blocks of `block_size` token slots each; `num_host_blocks` of the same size for swapping;
-    `prefix_caching` names full blocks for reuse; `identity` keeps caches of different models apart.
+    `prefix_caching` names full blocks for reuse; `identity` keeps caches of different models apart. With `requires_salt`
+    no sequence may be opened without a salt: for memory that tenants share, so that none is forgotten.
     """
 
     num_blocks: int
@@ -27,6 +28,7 @@ class CacheConfig:
     num_host_blocks: int = 0
     prefix_caching: bool = True
     identity: CacheIdentity = field(default_factory=CacheIdentity)
+    requires_salt: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -35,7 +37,8 @@ class CacheConfig:
             as_int("num_host_blocks", self.num_host_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
-        if not isinstance(self.prefix_caching, bool):
-            raise ConfigError(f"prefix_caching must be True or False, found {self.prefix_caching!r}")
+        for name in ("prefix_caching", "requires_salt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, found {shown(getattr(self, name))}")
         if not isinstance(self.identity, CacheIdentity):
             raise ConfigError(f"identity must be a CacheIdentity, found {type(self.identity).__name__}")

@@ -8,14 +8,12 @@ from hashlib import sha256
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, Int64s, as_int, cdiv
+from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, as_int, cdiv
 from pagedkv.block_keys import ExtraKey, Key, chain_keys, encode_extras
 from pagedkv.errors import InvalidArgumentError
 
 __all__ = ["MAX_TOKENS", "Content", "SimulatedContent", "SimulatedPrompt", "TokenContent"]
 
-MAX_TOKENS = 2**26
-"""Documented cap on the tokens of one sequence."""
 MAX_CONTENT_ID = 2**62
 TOKEN_BYTES = 4
 
@@ -35,6 +33,8 @@ class SimulatedPrompt:
 
     def __post_init__(self) -> None:
         as_int("num_tokens", self.num_tokens, at_least=1, at_most=MAX_TOKENS)
+        if isinstance(self.content_ids, range) and self.content_ids[self.num_tokens :]:
+            raise InvalidArgumentError(f"{self.num_tokens} tokens have at most as many content ids, found more")
         try:
             ids = np.asarray(self.content_ids)
         except ValueError as error:
@@ -110,7 +110,9 @@ class TokenContent:
         if block_idx == len(keys) and not self._extras:
             start = block_idx * self._block_bytes
             parent = keys[-1] if keys else self._root
-            keys.append(sha256(parent + self._data[start : start + self._block_bytes]).digest())
+            key = sha256(parent + self._data[start : start + self._block_bytes]).digest()
+            keys.append(key)
+            return key
         return self.keys(block_idx + 1)[block_idx]
 
     def _chain_with_extras(self, key: bytes, num_blocks: int) -> None:
@@ -132,9 +134,11 @@ class TokenContent:
 
     def write(self, start: int, token_ids: Int32s) -> None:
         """Replace everything from token `start` on; names of blocks that are no longer full and equal are dropped."""
-        del self._data[start * TOKEN_BYTES :]
+        start *= TOKEN_BYTES
+        if start < len(self._data):
+            del self._data[start:]
+            del self._keys[start // self._block_bytes :]
         self._data += token_ids.tobytes()
-        del self._keys[start * TOKEN_BYTES // self._block_bytes :]
 
     def fork(self, num_tokens: int) -> TokenContent:
         """A copy of the first `num_tokens` tokens that continues on its own."""

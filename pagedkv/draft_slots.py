@@ -34,9 +34,11 @@ class DraftSlots:
         """
         table = self._table
         stops = table.num_computed[rows] + num_drafts
-        num_new = -(-stops // table.block_size) - table.num_blocks[rows]
+        num_blocks = -(-stops // table.block_size)
+        num_new = num_blocks - table.num_blocks[rows]
         total = int(np.add.reduce(num_new))
         if total:
+            table.reserve_width(int(np.maximum.reduce(num_blocks)))
             block_ids = self._pool.try_allocate(total)
             if block_ids is None:
                 return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pagedkv.arrays import as_int, cdiv
+from pagedkv.arrays import as_int, cdiv, shown
 from pagedkv.config import MAX_BLOCK_SIZE
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
@@ -88,7 +88,7 @@ class KVSpec:
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if not isinstance(self.dtype, str) or self.dtype not in BITS_PER_ELEMENT:
-            raise ConfigError(f"dtype must be one of {', '.join(BITS_PER_ELEMENT)}, found {self.dtype!r}")
+            raise ConfigError(f"dtype must be one of {', '.join(BITS_PER_ELEMENT)}, found {shown(self.dtype)}")
         if not isinstance(self.is_latent, bool):
             raise ConfigError(f"is_latent must be True or False, found {self.is_latent!r}")
         head_dim, value_dim = self.dims

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds, Int32s, Int64s, as_int, as_token_ids
+from pagedkv.arrays import BlockIds, Int32s, Int64s, as_int, as_token_ids, shown
 from pagedkv.block_keys import ExtraKey, as_extras, root_key
+from pagedkv.checks import CheckLevel, Checks, as_check_level
 from pagedkv.config import CacheConfig
 from pagedkv.content import MAX_TOKENS, Content, SimulatedContent, SimulatedPrompt, TokenContent
 from pagedkv.errors import (
@@ -30,6 +31,21 @@ __all__ = ["Appended", "KVCacheManager", "PrefixHit", "Prompt"]
 
 Prompt = Sequence[int] | Int32s | SimulatedPrompt
 """Token ids, or for simulation a length with the names of what it shares."""
+
+# `append` is not among them: it calls `try_append`.
+CHANGING_VERBS = (
+    "lookup",
+    "open",
+    "close",
+    "try_append",
+    "extend",
+    "fork",
+    "truncate",
+    "swap_out",
+    "swap_in",
+    "reset_prefix_cache",
+    "_drop",
+)
 
 
 class Appended(NamedTuple):
@@ -73,6 +89,10 @@ class PrefixHit:
         self._manager = None
         return manager
 
+    def return_to(self, manager: KVCacheManager) -> None:
+        """Pin again what `take_over` has just handed over: nothing came of it."""
+        self._manager = manager
+
     def __enter__(self) -> PrefixHit:
         return self
 
@@ -89,6 +109,9 @@ class KVCacheManager:
     Each verb does all of its work, or raises and leaves the state as it was. A scheduler that plans many sequences a
     step calls `memory`, the same state by row.
 
+    `check` says how much of itself the memory looks at after each operation, of its own or of a scheduler: "off",
+    "cheap" (O(1), within 5 % of the operation's cost) or "full" (a recount, for tests). A violation is raised.
+
     >>> manager = KVCacheManager(CacheConfig(num_blocks=4, block_size=2))
     >>> manager.open("a", [1, 2, 3, 4, 5])
     0
@@ -101,11 +124,18 @@ class KVCacheManager:
     0
     """
 
-    def __init__(self, config: CacheConfig, *, eviction: EvictionPolicy | None = None) -> None:
+    def __init__(
+        self, config: CacheConfig, *, eviction: EvictionPolicy | None = None, check: CheckLevel = "off"
+    ) -> None:
         self.config = config
         self.memory = RowMemory(config, eviction)
         self._row_of: dict[Hashable, int] = {}
         self._pinned: dict[int, PrefixHit] = {}
+        level = as_check_level(check)
+        self.checks = None if level == "off" else Checks(self.memory, level)
+        """What looks at this memory after each operation, None if nothing does; a scheduler has itself watched, too."""
+        if self.checks is not None:
+            self.checks.watch(self, CHANGING_VERBS, self.check_invariants)
 
     # Opening and closing
 
@@ -113,6 +143,10 @@ class KVCacheManager:
         self, prompt: Prompt, *, salt: bytes = b"", adapter: str | None = None, extras: Iterable[ExtraKey] = ()
     ) -> tuple[Content, int]:
         """Check a prompt and return what memory keeps of it, with its number of tokens. O(n), hashes nothing yet."""
+        if self.config.requires_salt and not salt:
+            raise InvalidArgumentError(
+                "tenants share this memory (requires_salt): a sequence without a salt is refused"
+            )
         if isinstance(prompt, SimulatedPrompt):
             if salt or adapter is not None or tuple(extras):
                 raise InvalidArgumentError(
@@ -155,8 +189,9 @@ class KVCacheManager:
         No block is taken beyond the hit. `prompt` may be a PrefixHit, whose pin passes to the sequence.
         Raises DuplicateIdError, InvalidArgumentError.
         """
+        _check_hashable(sequence_id)
         if sequence_id in self._row_of:
-            raise DuplicateIdError(f"sequence {sequence_id!r} is open already")
+            raise DuplicateIdError(f"sequence {shown(sequence_id)} is open already")
         if isinstance(prompt, PrefixHit):
             if salt or adapter is not None or tuple(extras):
                 raise InvalidArgumentError("a prefix hit takes no salt, adapter or extras: its lookup had them")
@@ -164,8 +199,14 @@ class KVCacheManager:
         else:
             hit = self.lookup(prompt, salt=salt, adapter=adapter, extras=extras)
         hit.take_over(self)
+        try:
+            row = self.memory.adopt(hit.content, hit.num_known, hit.block_ids)
+        except BaseException:
+            hit.return_to(self)
+            if hit is not prompt:
+                hit.drop()
+            raise
         del self._pinned[id(hit)]
-        row = self.memory.adopt(hit.content, hit.num_known, hit.block_ids)
         self.memory.counters.record(hit.num_known, len(hit.block_ids), self.config.block_size)
         self._row_of[sequence_id] = row
         return hit.num_tokens
@@ -226,8 +267,9 @@ class KVCacheManager:
     def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
         """Begin a sequence that shares all blocks of another; whoever writes into a shared block first copies it. O(blocks)."""
         row = self._device_row(source_id)
+        _check_hashable(sequence_id)
         if sequence_id in self._row_of:
-            raise DuplicateIdError(f"sequence {sequence_id!r} is open already")
+            raise DuplicateIdError(f"sequence {shown(sequence_id)} is open already")
         self._row_of[sequence_id] = self.memory.fork(row)
 
     def truncate(self, sequence_id: Hashable, num_tokens: int) -> None:
@@ -269,8 +311,8 @@ class KVCacheManager:
         """The sequence's row in the columnar tables. O(1). Raises UnknownIdError."""
         try:
             return self._row_of[sequence_id]
-        except KeyError:
-            raise UnknownIdError(f"no open sequence {sequence_id!r}") from None
+        except (KeyError, TypeError):  # TypeError: what cannot be hashed is no id.
+            raise UnknownIdError(f"no open sequence {shown(sequence_id)}") from None
 
     def __contains__(self, sequence_id: Hashable) -> bool:
         return sequence_id in self._row_of
@@ -325,3 +367,10 @@ class KVCacheManager:
     def _drop(self, hit: PrefixHit) -> None:
         del self._pinned[id(hit)]
         self.memory.pool.release(hit.block_ids[::-1])
+
+
+def _check_hashable(sequence_id: Hashable) -> None:
+    try:
+        hash(sequence_id)
+    except TypeError:
+        raise InvalidArgumentError(f"a sequence's id must be hashable, found {shown(sequence_id)}") from None

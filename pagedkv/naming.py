@@ -37,6 +37,9 @@ class BlockNaming:
     """Names blocks when the plan that fills them is made, and remembers what a step named, in case it fails.
 
     A row names a block only while all of its blocks before it are the named ones: `num_named` says how many are.
+
+    Where there is no memory for names, blocks stay without: they are not shared, and nothing else is lost. To raise
+    would be worse, since by then the blocks are in their tables, and copies on write are planned.
     """
 
     __slots__ = ("_cache", "_named_in_step", "_table")
@@ -84,7 +87,10 @@ class BlockNaming:
         block_ids = table.block_tables[row, first:last].astype(np.int64)
         keys = table.content(row).keys(last)[first:last]
         parent_id = int(table.block_tables[row, first - 1]) if first else -1
-        num_named = self._cache.name_chain(keys, block_ids, parent_id)
+        try:
+            num_named = self._cache.name_chain(keys, block_ids, parent_id)
+        except MemoryError:
+            return
         if num_named:
             table.num_named[row] = first + num_named
             self._remember(block_ids[:num_named])
@@ -98,7 +104,10 @@ class BlockNaming:
         content = table.content
         keys = [content(row).key(idx) for row, idx in zip(rows.tolist(), block_idx.tolist(), strict=True)]
         block_ids = table.blocks_at(rows, block_idx)
-        is_new = self._cache.name_each(keys, block_ids, self._parents(rows, block_idx))
+        try:
+            is_new = self._cache.name_each(keys, block_ids, self._parents(rows, block_idx))
+        except MemoryError:
+            return
         table.num_named[rows] += is_new
         self._remember(block_ids[is_new])
 
@@ -117,7 +126,10 @@ class BlockNaming:
         filling = rows[owners]
         block_ids = table.blocks_at(filling, block_idx)
         keys: list[Key] = (table.name_bases[filling] - block_idx).tolist()
-        self._cache.name_fresh(keys, block_ids, self._parents(filling, block_idx))
+        try:
+            self._cache.name_fresh(keys, block_ids, self._parents(filling, block_idx))
+        except MemoryError:
+            return
         table.num_named[rows] += counts
         self._remember(block_ids)
 

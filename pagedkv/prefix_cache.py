@@ -84,7 +84,11 @@ class PrefixCache:
 
     def name_fresh(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> None:
         """Name held blocks; `block_ids[i]` continues `parent_ids[i]` (-1: none), and no key names a block yet. O(n)."""
-        self._block_of.update(zip(keys, block_ids.tolist(), strict=True))
+        try:
+            self._block_of.update(zip(keys, block_ids.tolist(), strict=True))
+        except MemoryError:
+            self._take_back(keys, block_ids)
+            raise
         self._key_of[block_ids] = keys
         self._pool.name(block_ids)
         if self._pool.policy.tracks_names:
@@ -95,7 +99,11 @@ class PrefixCache:
 
         Returns which were named, (n,) bool. O(n).
         """
-        owners = np.array(list(map(self._block_of.setdefault, keys, block_ids.tolist())), np.int64)
+        try:
+            owners = np.array(list(map(self._block_of.setdefault, keys, block_ids.tolist())), np.int64)
+        except MemoryError:
+            self._take_back(keys, block_ids)
+            raise
         is_new: NDArray[np.bool_] = owners == block_ids
         if not is_new.all():
             keys = [key for key, new in zip(keys, is_new.tolist(), strict=True) if new]
@@ -130,6 +138,18 @@ class PrefixCache:
         for block_id in named:
             if self._block_of.get(self._key_of[block_id]) != block_id:
                 raise InvariantViolation("I3", f"block {block_id} has a key that names another block")
+
+    def check_block(self, block_id: int) -> None:
+        """Compare map and one block (I3). O(1)."""
+        key = self.key_of(block_id)
+        if key is not None and self._block_of.get(key) != block_id:
+            raise InvariantViolation("I3", f"block {block_id} has a key that names another block")
+
+    def _take_back(self, keys: list[Key], block_ids: BlockIds) -> None:
+        """There was memory for the names of only some of these blocks, none of which had a name before."""
+        for key, block_id in zip(keys, block_ids.tolist(), strict=True):
+            if self._block_of.get(key) == block_id:
+                del self._block_of[key]
 
     def _forget(self, block_ids: BlockIds) -> None:
         block_of = self._block_of

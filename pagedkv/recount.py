@@ -10,7 +10,7 @@ from pagedkv.arrays import BlockIds, cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.row_memory import RowMemory
 
-__all__ = ["check_memory"]
+__all__ = ["check_memory", "check_some"]
 
 
 def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
@@ -40,22 +40,56 @@ def check_memory(memory: RowMemory, pins: Sequence[BlockIds] = ()) -> None:
     if not np.array_equal(host_recount, memory.host_pool.counts(host_ids)):
         raise InvariantViolation("I1", "host blocks are not held by exactly the sequences that are swapped out")
     for row, blocks in zip(rows.tolist(), held, strict=True):
-        num_computed, num_named = int(table.num_computed[row]), int(table.num_named[row])
-        if row in memory.host_blocks:
-            if len(blocks) or len(memory.host_blocks[row]) != cdiv(num_computed, memory.block_size):
-                raise InvariantViolation("I6", f"row {row} is swapped out with {len(blocks)} device blocks")
-        elif len(blocks) != cdiv(num_computed + int(table.num_drafts[row]), memory.block_size):
-            raise InvariantViolation(
-                "I1",
-                f"row {row} holds {len(blocks)} blocks for {num_computed} tokens and {table.num_drafts[row]} drafts",
-            )
-        if num_computed > table.num_known[row]:
-            raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {table.num_known[row]} tokens")
-        if num_named > num_computed // memory.block_size:
-            raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks in {num_computed} tokens")
+        _check_row(memory, row)
+        num_named = int(table.num_named[row])
         if num_named:
             content = table.contents[row]
             if content is None or memory.cache.num_resident(content.keys(num_named), num_named) != num_named:
                 raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks, its keys name fewer")
             if not np.array_equal(memory.cache.blocks(content.keys(num_named), num_named), blocks[:num_named]):
                 raise InvariantViolation("I3", f"row {row} has a key that names another sequence's block")
+
+
+def check_some(memory: RowMemory, turn: int) -> None:
+    """Look at one row and at one block, another one each turn, and at the next free block. O(1).
+
+    Raises InvariantViolation. Finds by and by what `check_memory` finds at once, but for what only sums can tell.
+    """
+    table, pool = memory.sequences, memory.pool
+    pool.check_some()
+    memory.cache.check_block(turn % pool.num_blocks)
+    # Rows that were given back are used again before new ones, so most live rows are among the first; every other turn
+    # looks there only.
+    num_rows = len(table.contents)
+    row = turn // 2 % (num_rows if turn % 2 else min(num_rows, 2 * table.num_live + 1))
+    if table.is_live[row]:
+        _check_row(memory, row)
+        num_blocks = int(table.num_blocks[row])
+        if num_blocks:
+            block_ids = table.block_tables[row, [turn % num_blocks, num_blocks - 1]].astype(np.int64)
+            if not pool.counts(block_ids).all():
+                raise InvariantViolation("I1", f"row {row} has blocks {block_ids.tolist()}, one of which nobody holds")
+            last = int(block_ids[-1])
+            is_full = int(table.num_computed[row]) % memory.block_size == 0
+            if not is_full and not table.has_shared_tail[row] and not pool.is_writable(last):
+                raise InvariantViolation(
+                    "I5", f"row {row} may write into block {last}, which is named or held by another"
+                )
+
+
+def _check_row(memory: RowMemory, row: int) -> None:
+    """One row's columns agree with each other. O(1)."""
+    table = memory.sequences
+    num_blocks, num_computed = int(table.num_blocks[row]), int(table.num_computed[row])
+    if row in memory.host_blocks:
+        if num_blocks or len(memory.host_blocks[row]) != cdiv(num_computed, memory.block_size):
+            raise InvariantViolation("I6", f"row {row} is swapped out with {num_blocks} device blocks")
+    elif num_blocks != cdiv(num_computed + int(table.num_drafts[row]), memory.block_size):
+        raise InvariantViolation(
+            "I1", f"row {row} holds {num_blocks} blocks for {num_computed} tokens and {table.num_drafts[row]} drafts"
+        )
+    if num_computed > table.num_known[row]:
+        raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {table.num_known[row]} tokens")
+    num_named = int(table.num_named[row])
+    if num_named > num_computed // memory.block_size:
+        raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks in {num_computed} tokens")

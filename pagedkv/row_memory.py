@@ -83,9 +83,10 @@ class RowMemory:
 
     def open(self, content: Content, num_known: int, hit_blocks: BlockIds) -> int:
         """Make a row that holds the hit blocks, and return it. O(len(hit_blocks))."""
-        if len(hit_blocks):
+        row = self.adopt(content, num_known, hit_blocks)
+        if len(hit_blocks):  # Last: nothing can fail once they are held.
             self.pool.acquire(hit_blocks)
-        return self.adopt(content, num_known, hit_blocks)
+        return row
 
     def adopt(self, content: Content, num_known: int, hit_blocks: BlockIds) -> int:
         """Make a row that takes over the caller's hold on the hit blocks."""
@@ -175,8 +176,11 @@ class RowMemory:
         table = self.sequences
         starts = table.num_computed[rows]
         stops = starts + num_tokens
-        num_new = -(-stops // self.block_size) - table.num_blocks[rows]
+        num_blocks = -(-stops // self.block_size)
+        num_new = num_blocks - table.num_blocks[rows]
         total = int(np.add.reduce(num_new))
+        if total:
+            table.reserve_width(int(np.maximum.reduce(num_blocks)))
         copied = self.shared_tails.rows_to_copy(rows, starts) if self.shared_tails.num_marked else []
         block_ids = self.pool.try_allocate(total + len(copied)) if total or copied else NO_COPIES.sources
         if block_ids is None:
@@ -202,6 +206,7 @@ class RowMemory:
         offsets = starts % block_size
         growing = (offsets == 0).nonzero()[0]
         if len(growing):
+            table.reserve_width(int(np.maximum.reduce(starts[growing])) // block_size + 1)
             block_ids = self.pool.try_allocate(len(growing))
             if block_ids is None:
                 return None
@@ -222,6 +227,7 @@ class RowMemory:
         stop = start + num_tokens
         total = cdiv(stop, block_size)
         if total > held:
+            table.reserve_width(total)
             block_ids = self.pool.try_allocate(total - held)
             if block_ids is None:
                 return None
@@ -265,8 +271,6 @@ class RowMemory:
         table, block_size = self.sequences, self.block_size
         starts = table.num_computed[rows]
         stops = starts + num_steps
-        table.num_known[rows] = stops + 1
-        table.num_computed[rows] = stops
         first = starts // block_size
         offsets = starts - first * block_size
         num_filled = (offsets + num_steps) // block_size
@@ -284,6 +288,8 @@ class RowMemory:
             table.num_blocks[rows] = (stops + block_size - 1) // block_size
             num_taken = np.bincount(steps[:num_later] + 1, minlength=num_steps)
             num_taken[0] = len(at_start)
+        table.num_known[rows] = stops + 1
+        table.num_computed[rows] = stops
         if self.caches_prefixes and len(owners):
             self.naming.name_fresh(rows, first, num_filled, owners=owners, block_idx=filled)
         return num_taken
@@ -297,13 +303,13 @@ class RowMemory:
         content = table.content(row)
         num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
         block_ids = table.blocks(row)
-        self.pool.acquire(block_ids)
         child_content: Content
         if isinstance(content, SimulatedContent):
             child_content = content.fork(num_known // self.block_size, self.next_serial())
         else:
             child_content = content.fork(num_known)
         child = table.add(child_content, num_known, block_ids, num_computed)
+        self.pool.acquire(block_ids)
         table.num_named[child] = table.num_named[row]
         table.tails[child] = table.tails[row]
         if num_computed % self.block_size:
@@ -376,9 +382,14 @@ class RowMemory:
         num_hits = len(hits)
         if len(host_blocks) - num_hits + self.pool.num_evictable_among(hits) > self.pool.num_available:
             return None
+        table.reserve_width(len(host_blocks))
         if num_hits:
             self.pool.acquire(hits)
-        new_blocks = self.pool.allocate(len(host_blocks) - num_hits)
+        try:
+            new_blocks = self.pool.allocate(len(host_blocks) - num_hits)
+        except BaseException:
+            self.pool.release(hits[::-1])
+            raise
         self.host_pool.release(self.host_blocks.pop(row))
         one_row = np.array([row])
         table.append_blocks(one_row, np.array([len(host_blocks)]), np.concatenate((hits, new_blocks)))

@@ -112,10 +112,12 @@ class SequenceTable:
         return self.blocks_at(rows.repeat(counts), columns)
 
     def append_blocks(self, rows: Rows, num_new: Int64s, block_ids: BlockIds) -> None:
-        """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids))."""
+        """Append `num_new[i]` of the blocks to row `rows[i]`, in order. Rows are distinct. O(len(block_ids)).
+
+        As for every `append_...`, room was reserved before the blocks were taken: once they are, nothing may fail.
+        """
         held = self.num_blocks[rows]
         total = held + num_new
-        self.reserve_width(int(np.maximum.reduce(total)))
         offsets = num_new.cumsum() - num_new
         columns = (held - offsets).repeat(num_new) + np.arange(len(block_ids))
         self.block_tables[rows.repeat(num_new), columns] = block_ids
@@ -124,7 +126,6 @@ class SequenceTable:
     def append_single(self, rows: Rows, block_ids: BlockIds) -> None:
         """Append one block to each row. O(n)."""
         held = self.num_blocks[rows]
-        self.reserve_width(int(np.maximum.reduce(held)) + 1)
         self.block_tables[rows, held] = block_ids
         self.num_blocks[rows] = held + 1
 
@@ -136,7 +137,6 @@ class SequenceTable:
     def append_run(self, row: int, held: int, block_ids: BlockIds) -> None:
         """Append blocks to one row that holds `held`. O(n)."""
         total = held + len(block_ids)
-        self.reserve_width(total)
         self.block_tables[row, held:total] = block_ids
         self.num_blocks[row] = total
 

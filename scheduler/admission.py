@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from pagedkv.arrays import cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
@@ -57,7 +59,7 @@ class Admission:
         memory: RowMemory,
         queue: WaitingQueue,
         running: RunningRows,
-        events: list[Event],
+        events: deque[Event],
     ) -> None:
         self._config = config
         self._memory = memory
@@ -67,12 +69,13 @@ class Admission:
         self._watermark_blocks = int(config.watermark * memory.pool.num_blocks)
         self.is_open = True
 
-    def admit(self, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int) -> Grants:
-        """Admit what fits into `budget` tokens. `num_promised` blocks belong to the rest of prompts under way.
+    def admit(
+        self, grants: Grants, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int
+    ) -> None:
+        """Admit what fits into `budget` tokens, into `grants`. `num_promised` blocks belong to the rest of prompts under way.
 
-        O(admitted + bypassed), plus each admitted one's blocks.
+        O(admitted + bypassed), plus each admitted one's blocks. If it raises, `grants` holds what was admitted before.
         """
-        grants = Grants()
         queue = self._queue
         blocked: list[Sample] = []
         self.is_open = False
@@ -101,7 +104,6 @@ class Admission:
                 break
             if len(blocked) > self._config.max_bypasses:
                 break
-        return grants
 
     def _chunk(self, sample: Sample, budget: int, num_prefilling: int) -> int:
         """How many tokens the sample may compute in this step, if all of its known ones are to be computed; 0: none."""
@@ -116,18 +118,25 @@ class Admission:
         return budget
 
     def _try_admit(self, sample: Sample, chunk: int, num_promised: int, grants: Grants, now: float, step: int) -> bool:
+        memory = self._memory
         is_swapped = sample.state is SampleState.SWAPPED
         resumed = sample.num_preemptions > 0
         start = (self._swap_in if is_swapped else self._open)(sample, num_promised, grants)
         if start < 0:
             return False
-        memory = self._memory
         num_tokens = min(sample.num_known - start, chunk)
-        copies = memory.try_append_run(sample.row, num_tokens)
+        try:
+            copies = memory.try_append_run(sample.row, num_tokens)
+        except BaseException:
+            self._start_over(sample)
+            raise
         if copies is None:
+            self._start_over(sample)
             raise InvariantViolation(
                 "I11", f"admission of {sample.request.request_id!r} counted blocks that are not there"
             )
+        if not is_swapped:
+            memory.counters.record(sample.num_known, start // memory.block_size, memory.block_size, resumed=resumed)
         grants.copies += copies
         grants.rows.append(sample.row)
         grants.num_tokens.append(num_tokens)
@@ -154,7 +163,6 @@ class Admission:
         ):
             return -1
         sample.row = memory.open(sample.content, sample.num_known, hit_blocks)
-        memory.counters.record(sample.num_known, num_hit, memory.block_size, resumed=sample.num_preemptions > 0)
         return num_hit * memory.block_size
 
     def _swap_in(self, sample: Sample, num_promised: int, grants: Grants) -> int:
@@ -175,6 +183,12 @@ class Admission:
             (sample.row, max(0, cdiv(num_computed, memory.block_size) * memory.block_size - num_copied))
         )
         return num_computed
+
+    def _start_over(self, sample: Sample) -> None:
+        """Its admission failed halfway, with the step: it waits on, without what it may have had on the host."""
+        self._memory.close(sample.row)
+        sample.row = -1
+        sample.state = SampleState.WAITING
 
     def _fits(self, num_blocks: int) -> bool:
         reserve = self._watermark_blocks if len(self._running) else 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from pagedkv.arrays import as_int
+from pagedkv.arrays import as_int, shown
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
 __all__ = ["SchedulerConfig"]
@@ -50,7 +49,5 @@ class SchedulerConfig:
             )
         if self.long_prefill_tokens is not None and not self.chunked_prefill:
             raise ConfigError("long_prefill_tokens caps chunks of a prompt, so it needs chunked_prefill")
-        if not isinstance(self.watermark, float | int) or not math.isfinite(self.watermark):
-            raise ConfigError(f"watermark must be a number in 0..0.5, found {self.watermark!r}")
-        if not 0 <= self.watermark <= 0.5:
-            raise ConfigError(f"watermark must be in 0..0.5, found {self.watermark}")
+        if not isinstance(self.watermark, float | int) or not 0 <= self.watermark <= 0.5:
+            raise ConfigError(f"watermark must be a number in 0..0.5, found {shown(self.watermark)}")

@@ -21,12 +21,13 @@ __all__ = [
 
 
 class Added(NamedTuple):
-    """A request joined the waiting queue."""
+    """A request joined the waiting queue; it will be `num_samples` samples once its prompt is computed."""
 
     time: float
     request_id: str
     num_prompt_tokens: int
     max_new_tokens: int
+    num_samples: int = 1
 
 
 class Refused(NamedTuple):

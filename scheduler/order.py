@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import Int64s
+from pagedkv.arrays import Int64s, shown
 from pagedkv.errors import ConfigError
 from pagedkv.scheduler.request import Request
 
@@ -44,8 +44,9 @@ class Priority:
     ageing_per_s: float = 0.01
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.ageing_per_s) or self.ageing_per_s < 0:
-            raise ConfigError(f"ageing_per_s must be a finite number >= 0, found {self.ageing_per_s}")
+        ageing = self.ageing_per_s
+        if not isinstance(ageing, float | int) or not 0 <= ageing <= sys.float_info.max:
+            raise ConfigError(f"ageing_per_s must be a finite number >= 0, found {shown(ageing)}")
 
     def rank(self, request: Request, now: float) -> float:
         """Priority, plus the ageing that later arrivals will never catch up."""

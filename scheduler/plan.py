@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class PlanDrafts:
     """
 
     num_tokens: Int64s
-    token_ids: Int32s
+    token_ids: Int32s = field(repr=False)
 
     def first(self, counts: Int64s) -> Int32s:
         """The first `counts[i]` drafts of each sampling row, packed. O(drafts)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from pagedkv.arrays import shown
 from pagedkv.errors import ConfigError
 
 __all__ = ["Cheaper", "PreemptionMode", "PreemptionPolicy", "Recompute", "Swap"]
@@ -57,8 +58,8 @@ class Cheaper:
     def __post_init__(self) -> None:
         for name in ("prefill_s_per_token", "transfer_s_per_block"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name} must be a finite number of seconds >= 0, found {value}")
+            if not isinstance(value, float | int) or not 0 <= value <= sys.float_info.max:
+                raise ConfigError(f"{name} must be a finite number of seconds >= 0, found {shown(value)}")
 
     def choose(self, num_computed_tokens: int, num_blocks: int) -> PreemptionMode:
         """Recompute if it is not slower than swapping out and in again."""

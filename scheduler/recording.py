@@ -9,17 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from typing import Any, TextIO
 
 import numpy as np
 
-from pagedkv.arrays import Int32s
+from pagedkv.arrays import Int32s, shown
 from pagedkv.block_keys import CacheIdentity, ExtraKey
 from pagedkv.config import CacheConfig
 from pagedkv.content import SimulatedPrompt
-from pagedkv.errors import InvalidArgumentError, PagedKVError
+from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVError
 from pagedkv.eviction import make_policy
 from pagedkv.manager import KVCacheManager, Prompt
 from pagedkv.scheduler.config import SchedulerConfig
@@ -35,6 +34,8 @@ from pagedkv.scheduler.step_events import StepEvents
 __all__ = ["Recorder", "RecordingError", "replay_recording"]
 
 VERSION = 1
+MAX_LINE_CHARS = 2**26
+"""Documented cap on one line: a prompt of the longest kind takes more, and an engine that serves such has other means."""
 POLICIES = {
     policy.__name__: policy for policy in (FCFS, Priority, LatestArrival, LowestPriority, Recompute, Swap, Cheaper)
 }
@@ -63,7 +64,8 @@ class Recorder:
         for role in ROLES:
             policy = getattr(scheduler, role)
             if type(policy) is not POLICIES.get(type(policy).__name__):
-                raise InvalidArgumentError(f"a recording can only name pagedkv's own policies, found {policy!r}")
+                found = type(policy).__name__
+                raise InvalidArgumentError(f"a recording can only name pagedkv's own policies, found {found}")
             header[role] = {"name": type(policy).__name__, **dataclasses.asdict(policy)}
         self._write(header)
 
@@ -105,13 +107,17 @@ class Recorder:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
-def replay_recording(lines: Iterable[str], sink: EventSink | None = None) -> Iterator[StepPlan]:
+def replay_recording(
+    lines: Iterable[str], sink: EventSink | None = None, *, max_blocks: int = 2**20
+) -> Iterator[StepPlan]:
     """Make every decision of a recording again, and yield each plan; `sink` gets the same events, byte for byte.
+
+    max_blocks: cap on either pool, at about 28 bytes a block: one line from elsewhere must not take all memory
 
     Raises RecordingError for lines that cannot be read, and for a plan that differs from the recorded one.
     """
     numbered = enumerate(lines, start=1)
-    scheduler = _make_scheduler(_parse(*next(numbered, (1, ""))), sink)
+    scheduler = _make_scheduler(_parse(*next(numbered, (1, ""))), sink, max_blocks)
     plan: StepPlan | None = None
     for number, line in numbered:
         record = _parse(number, line)
@@ -130,7 +136,7 @@ def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> St
         drafts = dict(record["drafts"]) if "drafts" in record else None
     except (TypeError, ValueError):
         raise RecordingError(
-            f"line {number}: expected drafts as pairs of a row and its tokens, found {record['drafts']!r:.60}"
+            f"line {number}: expected drafts as pairs of a row and its tokens, found {type(record['drafts']).__name__}"
         ) from None
     try:
         plan = scheduler.schedule(record["now"], drafts)
@@ -147,16 +153,20 @@ def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, A
         raise RecordingError(f"line {number}: expected add, abort, schedule, update or fail, found {call!r}")
     if plan is None and call in ("update", "fail"):
         raise RecordingError(f"line {number}: expected schedule before {call}")
-    # What raises now raised when it was recorded, too, and changed nothing.
-    with suppress(PagedKVError):
-        if call == "add":
-            scheduler.add(_decode_request(record["request"]), now)
+    request = _decode_request(record["request"], number) if call == "add" else None
+    try:
+        if request is not None:
+            scheduler.add(request, now)
         elif call == "abort":
             scheduler.abort(record["request_id"], now)
         elif plan is not None and call == "update":
             scheduler.update(plan, _decode_outcome(record), now)
         elif plan is not None:
-            scheduler.fail(plan, now, record["reason"])
+            scheduler.fail(plan, now, str(record["reason"]))
+    except InvariantViolation:
+        raise
+    except PagedKVError:
+        pass  # What raises now raised when it was recorded, too, and changed nothing.
 
 
 def _digest(plan: StepPlan) -> str:
@@ -194,29 +204,40 @@ def _plain(values: object) -> Any:
 
 
 def _parse(number: int, line: str) -> dict[str, Any]:
+    """A line's object. No error shows what the line holds: it may be somebody's prompt."""
+    if len(line) > MAX_LINE_CHARS:
+        raise RecordingError(f"line {number}: expected at most {MAX_LINE_CHARS} characters, found {len(line)}")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise RecordingError(f"line {number}: expected a JSON object, found {line[:60]!r}")
+        raise RecordingError(f"line {number}: expected a JSON object, found {len(line)} characters that are none")
     return record
 
 
-def _make_scheduler(header: dict[str, Any], sink: EventSink | None) -> Scheduler:
+def _make_scheduler(header: dict[str, Any], sink: EventSink | None, max_blocks: int) -> Scheduler:
     if header.get("recording") != VERSION:
         raise RecordingError(f"line 1: expected a recording of version {VERSION}, found {header.get('recording')!r}")
     try:
-        cache = dict(header["cache"])
-        cache["identity"] = CacheIdentity(**cache["identity"])
-        manager = KVCacheManager(CacheConfig(**cache), eviction=make_policy(header["eviction"], cache["num_blocks"]))
+        config = _cache_config(header["cache"], max_blocks)
+        manager = KVCacheManager(config, eviction=make_policy(header["eviction"], config.num_blocks))
         policies: dict[str, Any] = {}
         for role in ROLES:
             fields = dict(header[role])
             policies[role] = POLICIES[fields.pop("name")](**fields)
         return Scheduler(SchedulerConfig(**header["scheduler"]), manager, sink=sink, **policies)
-    except (KeyError, TypeError) as error:
-        raise RecordingError(f"line 1: the header does not describe a scheduler: {error}") from None
+    except RecordingError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordingError(f"line 1: the header does not describe a scheduler: {shown(str(error))}") from None
+
+
+def _cache_config(fields: dict[str, Any], max_blocks: int) -> CacheConfig:
+    config = CacheConfig(**{**fields, "identity": CacheIdentity(**fields["identity"])})
+    if max(config.num_blocks, config.num_host_blocks) > max_blocks:
+        raise RecordingError(f"line 1: expected pools of at most {max_blocks} blocks, found more")
+    return config
 
 
 def _encode_request(request: Request) -> dict[str, Any]:
@@ -236,11 +257,15 @@ def _encode_request(request: Request) -> dict[str, Any]:
     return {**plain, "prompt": encoded, "salt": request.salt.hex(), "extras": extras, "stop_token_ids": stops}
 
 
-def _decode_request(fields: dict[str, Any]) -> Request:
-    encoded = fields["prompt"]
-    prompt: Prompt = encoded
-    if isinstance(encoded, dict):
-        prompt = SimulatedPrompt(encoded["num_tokens"], encoded["ids"], encoded["size"])
-    extras = tuple(ExtraKey(start, stop, bytes.fromhex(digest)) for start, stop, digest in fields["extras"])
-    salt = bytes.fromhex(fields["salt"])
-    return Request(**{**fields, "prompt": prompt, "salt": salt, "extras": extras})
+def _decode_request(fields: dict[str, Any], number: int) -> Request:
+    """The request of an `add`. Whatever was recorded was one, so one that cannot be made is a RecordingError."""
+    try:
+        encoded = fields["prompt"]
+        prompt: Prompt = encoded
+        if isinstance(encoded, dict):
+            prompt = SimulatedPrompt(encoded["num_tokens"], encoded["ids"], encoded["size"])
+        extras = tuple(ExtraKey(start, stop, bytes.fromhex(digest)) for start, stop, digest in fields["extras"])
+        salt = bytes.fromhex(fields["salt"])
+        return Request(**{**fields, "prompt": prompt, "salt": salt, "extras": extras})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordingError(f"line {number}: expected a request, found a {type(error).__name__} in it") from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pagedkv.arrays import MAX_TOKEN_ID, as_int
-from pagedkv.block_keys import ExtraKey
+from pagedkv.arrays import MAX_TOKEN_ID, as_int, shown
+from pagedkv.block_keys import ExtraKey, as_extras, check_adapter, check_salt
 from pagedkv.content import MAX_TOKENS
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.manager import Prompt
@@ -18,6 +18,7 @@ __all__ = ["FinishReason", "Request"]
 MAX_SAMPLES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_ID_BYTES = 2**20
+MAX_CLIENT = 4096
 
 
 class FinishReason(StrEnum):
@@ -38,14 +39,14 @@ class Request:
     """
 
     request_id: str
-    prompt: Prompt
+    prompt: Prompt = field(repr=False)
     max_new_tokens: int
     priority: float = field(default=0.0, kw_only=True)
     client: str | int | None = field(default=None, kw_only=True)
     salt: bytes = field(default=b"", kw_only=True, repr=False)
     adapter: str | None = field(default=None, kw_only=True)
     extras: tuple[ExtraKey, ...] = field(default=(), kw_only=True)
-    stop_token_ids: Collection[int] = field(default=(), kw_only=True)
+    stop_token_ids: Collection[int] = field(default=(), kw_only=True, repr=False)
     n: int = field(default=1, kw_only=True)
     reads_cache: bool = field(default=True, kw_only=True)
 
@@ -57,10 +58,31 @@ class Request:
         if (
             isinstance(self.priority, bool)
             or not isinstance(self.priority, int | float)
-            or not math.isfinite(self.priority)
+            or not abs(self.priority) <= sys.float_info.max
         ):
-            raise InvalidArgumentError(f"priority must be a finite number, found {self.priority!r}")
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {len(self.stop_token_ids)}")
-        for token_id in self.stop_token_ids:
+            raise InvalidArgumentError(f"priority must be a finite number, found {shown(self.priority)}")
+        self._check_owner()
+        self._check_stops()
+
+    def _check_owner(self) -> None:
+        """Who asks, and what keeps its blocks apart from others'."""
+        if not isinstance(self.client, str | int | None) or len(str(self.client)[: MAX_CLIENT + 1]) > MAX_CLIENT:
+            raise InvalidArgumentError(f"client must be a number or a str, at most {MAX_CLIENT} characters")
+        check_salt(self.salt)
+        check_adapter(self.adapter)
+        object.__setattr__(self, "extras", as_extras(self.extras))
+        if not isinstance(self.reads_cache, bool):
+            raise InvalidArgumentError(f"reads_cache must be True or False, found {shown(self.reads_cache)}")
+
+    def _check_stops(self) -> None:
+        stops = self.stop_token_ids
+        if not isinstance(stops, Collection) or isinstance(stops, str):
+            raise InvalidArgumentError(f"stop_token_ids must be token ids, found {type(stops).__name__}")
+        try:
+            num_stops = len(stops)
+        except OverflowError:  # A range may be longer than `len` can tell.
+            num_stops = MAX_STOP_TOKENS + 1
+        if num_stops > MAX_STOP_TOKENS:
+            raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {num_stops}")
+        for token_id in stops:
             as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID)

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds
+from pagedkv.arrays import BlockIds, Int64s, Rows
+from pagedkv.plans import BlockCopies
 from pagedkv.row_memory import RowMemory
-from pagedkv.scheduler.plan import StepPlan
 from pagedkv.scheduler.running import RunningRows
 
 __all__ = ["retract_step"]
 
 
-def retract_step(plan: StepPlan, swapped_in: list[tuple[int, int]], memory: RowMemory, running: RunningRows) -> None:
-    """Retract every row of the plan to the tokens whose K/V is surely on the device, and forget the step's names.
+def retract_step(
+    rows: Rows,
+    starts: Int64s,
+    copies: BlockCopies,
+    swapped_in: list[tuple[int, int]],
+    *,
+    memory: RowMemory,
+    running: RunningRows,
+) -> None:
+    """Retract every row of a step to the tokens whose K/V is surely on the device, and forget the step's names.
 
-    `swapped_in` holds (row, tokens that had not left the device). A token is lost if its slot was given in this step,
-    if it lies in or behind a block that another row was to fill in this step, or in a block that was to be copied.
-    O(rows + their blocks).
+    `starts` are where the rows stood before it; `swapped_in` holds (row, tokens that had not left the device). A token is
+    lost if its slot was given in this step, if it lies in or behind a block that another row was to fill in this step, or
+    in a block that was to be copied. O(rows + their blocks).
     """
     unwritten = memory.unname_step()
-    copied = set(plan.copies.targets.tolist())
-    num_valid = dict(zip(plan.rows.tolist(), plan.starts.tolist(), strict=True))
+    copied = set(copies.targets.tolist())
+    num_valid = dict(zip(rows.tolist(), starts.tolist(), strict=True))
     for row, num_kept in swapped_in:
-        num_valid[row] = min(num_valid[row], num_kept)
+        if row in num_valid:  # Otherwise its admission failed halfway, and it starts over.
+            num_valid[row] = min(num_valid[row], num_kept)
     for row, num_tokens in num_valid.items():
         if running.samples[row] is not None:
             memory.retract(row, _num_written(memory, row, num_tokens, unwritten, copied))

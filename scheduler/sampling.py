@@ -49,15 +49,19 @@ class Sampling:
 
     def _fork(self, sample: Sample) -> Rows:
         """The prompt of a request with several samples is computed in this step: give each of the others a row."""
-        rows = []
-        num_samples = sample.num_samples
+        rows: list[int] = []
+        try:
+            for _ in range(1, sample.num_samples):
+                rows.append(self._memory.fork(sample.row))  # noqa: PERF401 - those before one that fails are given back
+        except BaseException:
+            for row in rows:
+                self._memory.close(row)
+            raise
         self._running.mark_forked(sample)
-        for sample_idx in range(1, num_samples):
-            row = self._memory.fork(sample.row)
+        for sample_idx, row in enumerate(rows, start=1):
             sibling = sample.fork(sample_idx, row, self._memory.sequences.content(row))
             self._live[sample.request.request_id].append(sibling)
             self._running.add(sibling, protected_until=0)
             self._kinds.add(sibling)
             self.forked.append((sample, sibling))
-            rows.append(row)
         return np.array(rows, np.int64)

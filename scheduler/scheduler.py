@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, Int64s, Rows
+from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, shown
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
+from pagedkv.plans import NO_COPIES
 from pagedkv.scheduler.admission import Admission, Grants
-from pagedkv.scheduler.catch_up import CatchUp
+from pagedkv.scheduler.catch_up import NO_ROWS, CatchUp
 from pagedkv.scheduler.config import SchedulerConfig
-from pagedkv.scheduler.drafts import DraftCounters, Drafting
+from pagedkv.scheduler.drafts import DraftCounters, Drafting, Guesses
 from pagedkv.scheduler.ending import ended_samples
 from pagedkv.scheduler.events import Aborted, Added, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.kinds import LiveKinds
@@ -35,12 +37,15 @@ from pagedkv.scheduler.waiting_queue import WaitingQueue
 __all__ = ["Scheduler"]
 
 NO_GRANTS = Grants()
+CHANGING_VERBS = ("add", "abort", "schedule", "update", "fail", "leap")
+NOTHING_CAUGHT_UP = (NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES)
 
 
 def _require_time(now: float) -> None:
     """Raise InvalidArgumentError unless `now` is a finite number: places in the queue and event logs depend on it."""
-    if not isinstance(now, float | int | np.number) or not math.isfinite(now):
-        raise InvalidArgumentError(f"now must be a finite number of seconds, found {now!r}")
+    # Written so that NaN, which compares false with everything, and whole numbers beyond floats are refused as well.
+    if not isinstance(now, float | int | np.integer | np.floating) or not abs(now) <= sys.float_info.max:
+        raise InvalidArgumentError(f"now must be a finite number of seconds, found {shown(now)}")
 
 
 class Scheduler:
@@ -72,7 +77,7 @@ class Scheduler:
         self.victim = LatestArrival() if victim is None else victim
         self.preemption = Recompute() if preemption is None else preemption
         self._sink = sink
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
         self._queue = WaitingQueue()
         self._running = RunningRows()
         self._admission = Admission(config, self._memory, self._queue, self._running, self._events)
@@ -100,11 +105,14 @@ class Scheduler:
         """The plan that awaits `update` or `fail`."""
         self._all_decode = False
         """Whether every running row has exactly its last token left to compute."""
+        self._caught_up = NOTHING_CAUGHT_UP
         self._grants = NO_GRANTS
         self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = 0
         self._num_left_in_flight = 0
+        if manager.checks is not None:
+            manager.checks.watch(self, CHANGING_VERBS, self.check_invariants)
 
     # Requests
 
@@ -116,7 +124,7 @@ class Scheduler:
         _require_time(now)
         request_id = request.request_id
         if request_id in self._live:
-            raise DuplicateIdError(f"request {request_id!r} is live already")
+            raise DuplicateIdError(f"request {shown(request_id)} is live already")
         content, num_prompt = self.manager.make_content(
             request.prompt, salt=request.salt, adapter=request.adapter, extras=request.extras
         )
@@ -130,22 +138,22 @@ class Scheduler:
         if reason:
             self._events.append(Refused(now, request_id, reason))
             self._deliver()
-            raise RequestTooLargeError(f"request {request_id!r} can never run: {reason}")
+            raise RequestTooLargeError(f"request {shown(request_id)} can never run: {reason}")
         self._num_added += 1
         sample = Sample(request, content, num_prompt, rank=self.policy.rank(request, now), serial=self._num_added)
         self._live[request_id] = [sample]
         self._queue.push(sample)
         self._admission.is_open = True
         self._kinds.add(sample)
-        self._events.append(Added(now, request_id, num_prompt, request.max_new_tokens))
+        self._events.append(Added(now, request_id, num_prompt, request.max_new_tokens, request.n))
         self._deliver()
 
     def abort(self, request_id: str, now: float) -> None:
         """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks)."""
         _require_time(now)
-        samples = self._live.pop(request_id, None)
+        samples = self._live.pop(request_id, None) if isinstance(request_id, str) else None
         if samples is None:
-            raise UnknownIdError(f"no live request {request_id!r}")
+            raise UnknownIdError(f"no live request {shown(request_id)}")
         for sample in samples:
             state = sample.state
             if state is SampleState.RUNNING:
@@ -173,7 +181,8 @@ class Scheduler:
         any row in a step that preempts, or if blocks are short for the drafts of all.
 
         Raises StalePlanError, InvalidArgumentError, and UnknownIdError for drafts of a row that does not run; nothing
-        changes then.
+        changes then. Whatever else is raised while the step is planned, by a policy or for want of memory, the step counts
+        as failed: what it gave is taken back, preempted requests wait, and the next call plans anew.
         """
         _require_time(now)
         if self.in_flight is not None:
@@ -183,11 +192,30 @@ class Scheduler:
         self._memory.begin_step()
         self._shortage.begin_step()
         self._sampling.forked.clear()
-        rows, starts, num_tokens, copies = self._catch_up.plan(now=now, step=self._step)
-        self._grants = grants = NO_GRANTS
+        self._caught_up, self._grants = NOTHING_CAUGHT_UP, NO_GRANTS
+        try:
+            plan = self._plan(guesses, now)
+        except BaseException as error:
+            seated = [sample.row for sample in self._unannounced if sample.state is SampleState.RUNNING]
+            self._take_back(
+                [*seated, *self._grants.rows], now, f"planning raised {type(error).__name__}", step=self._step
+            )
+            self._step += 1
+            raise
+        self._step += 1
+        self.in_flight = plan
+        self._deliver()
+        return plan
+
+    def _plan(self, guesses: Guesses | None, now: float) -> StepPlan:
+        self._caught_up = rows, starts, num_tokens, copies = self._catch_up.plan(now=now, step=self._step)
+        grants = NO_GRANTS
+        # Where nothing runs, somebody else who uses the same memory may have let go of blocks, and nobody tells.
+        may_admit = self._admission.is_open or not len(rows)
         # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
-        if self._admission.is_open and len(self._queue) and not self._shortage.preempted:
-            grants = self._grants = self._admit(rows, starts, num_tokens, now)
+        if may_admit and len(self._queue) and not self._shortage.preempted:
+            grants = self._grants = Grants()
+            self._admit(grants, rows, starts, num_tokens, now)
             if grants.rows:
                 rows = np.concatenate((rows, np.array(grants.rows)))
                 starts = np.concatenate((starts, np.array(grants.starts)))
@@ -202,7 +230,7 @@ class Scheduler:
                 # Sources occur twice only where samples fork, which have no drafts.
                 num_tokens[sources] += granted.num_tokens
         admitted = self._admitted_seats()
-        plan = StepPlan(
+        return StepPlan(
             step=self._step,
             rows=rows,
             num_tokens=num_tokens,
@@ -216,10 +244,6 @@ class Scheduler:
             inputs=PlanInputs(self._memory),
             drafts=granted,
         )
-        self._step += 1
-        self.in_flight = plan
-        self._deliver()
-        return plan
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
@@ -256,14 +280,7 @@ class Scheduler:
         _require_time(now)
         self._check_in_flight(plan)
         self._close_plan(plan)
-        for first, sibling in self._sampling.forked:
-            self._undo_fork(first, sibling)
-        retract_step(plan, self._grants.swapped_in, self._memory, self._running)
-        self._shortage.forget_swaps()
-        seated = (self._running.samples[seat.row] for seat in plan.admitted)
-        self._unannounced = [sample for sample in seated if sample is not None]
-        self._admission.is_open = True
-        self._events.append(StepFailed(now, plan.step, plan.num_rows, reason))
+        self._take_back([seat.row for seat in plan.admitted], now, reason, step=plan.step)
         self._deliver()
 
     # Leaps: many steps in one go, for simulated requests
@@ -282,13 +299,16 @@ class Scheduler:
         return self._memory.num_affordable_steps(rows, num_left)
 
     def leap(self, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:
-        """Take `num_steps` steps at once, 1 to `num_steps_ahead()` of them; the last ends at `now`.
+        """Take `num_steps` steps at once, 1 to what `num_steps_ahead()` said; the last ends at `now`.
 
         Every block, name and event is what as many rounds of `schedule` and `update` would have given.
         Returns the last step's events, and (num_steps,) int64: blocks in use during each step. O(running + blocks).
+        Raises StalePlanError while a step is in flight. More steps than were sure to come are not noticed.
         """
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
+        _require_time(now)
+        as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
         rows = self._running.rows.copy()
         used = self._memory.append_steps(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]
@@ -345,7 +365,7 @@ class Scheduler:
 
     # How a step is planned
 
-    def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> Grants:
+    def _admit(self, grants: Grants, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> None:
         table = self._memory.sequences
         num_planned = int(np.add.reduce(num_tokens))
         num_promised = num_prefilling = 0
@@ -354,7 +374,7 @@ class Scheduler:
             num_promised = int(np.add.reduce(-(-known // table.block_size) - table.num_blocks[rows]))
             num_prefilling = int(np.count_nonzero(known > starts + num_tokens))
         budget = self.config.max_num_batched_tokens - num_planned
-        return self._admission.admit(budget, num_promised, num_prefilling, now=now, step=self._step)
+        self._admission.admit(grants, budget, num_promised, num_prefilling, now=now, step=self._step)
 
     def _admitted_seats(self) -> tuple[Seat, ...]:
         """Rows that begin or come back in this step, or did so in one that failed."""
@@ -397,6 +417,26 @@ class Scheduler:
         sample.row = -1
         self._admission.is_open = True
 
+    def _take_back(self, seated_rows: list[int], now: float, reason: str, *, step: int) -> None:
+        """The step was not carried out, or not even planned to the end: its rows are planned again; those seated stay so."""
+        for first, sibling in self._sampling.forked:
+            self._undo_fork(first, sibling)
+        rows, starts, _, copies = self._caught_up
+        grants = self._grants
+        retract_step(
+            np.concatenate((rows, np.array(grants.rows, np.int64))),
+            np.concatenate((starts, np.array(grants.starts, np.int64))),
+            copies + grants.copies,
+            grants.swapped_in,
+            memory=self._memory,
+            running=self._running,
+        )
+        self._shortage.forget_swaps()
+        seated = (self._running.samples[row] for row in seated_rows)
+        self._unannounced = [sample for sample in seated if sample is not None]
+        self._admission.is_open = True
+        self._events.append(StepFailed(now, step, len(rows) + len(grants.rows), reason))
+
     def _undo_fork(self, first: Sample, sibling: Sample) -> None:
         if sibling.state is SampleState.RUNNING:
             self._end(sibling)
@@ -404,16 +444,21 @@ class Scheduler:
             self._running.mark_unforked(first)
 
     def _deliver(self) -> None:
-        """Hand the events of this call to the sink."""
-        if self._events:
-            events, self._events[:] = self._events.copy(), []
-            if self._sink is not None:
-                for event in events:
-                    self._sink.emit(event)
+        """Hand the events of this call to the sink, each once: after one at which it raises, the rest wait for the next call.
+
+        One by one, so that what a sink brings about by calling the scheduler is told after what happened before.
+        """
+        events, sink = self._events, self._sink
+        while events:
+            event = events.popleft()
+            if sink is not None:
+                sink.emit(event)
 
     # Checks before anything changes
 
     def _check_in_flight(self, plan: StepPlan) -> None:
+        if not isinstance(plan, StepPlan):
+            raise InvalidArgumentError(f"expected the plan in flight, found {type(plan).__name__}")
         if plan is not self.in_flight:
             raise StalePlanError(f"step {plan.step} is not in flight: it was updated, or belongs to another scheduler")
 

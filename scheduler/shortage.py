@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler.events import Event, Preempted
@@ -30,7 +32,7 @@ class Shortage:
         *,
         victim: VictimPolicy,
         preemption: PreemptionPolicy,
-        events: list[Event],
+        events: deque[Event],
     ) -> None:
         self._memory = memory
         self._queue = queue

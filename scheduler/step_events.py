@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class StepEvents:
 
     step: int
     rows: Rows
-    token_ids: Int32s | None
+    token_ids: Int32s | None = field(repr=False)
     samples: NDArray[np.object_]
     finished: tuple[tuple[Sample, str], ...]
     num_tokens: Int64s | None = None

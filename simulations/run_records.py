@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv import CacheConfig, CacheIdentity, InvalidArgumentError, TraceError
+from pagedkv import CacheConfig, CacheIdentity, TraceError
 from pagedkv.eviction import make_policy
 from pagedkv.scheduler import (
     FCFS,
@@ -41,6 +41,7 @@ __all__ = ["RecordedRequests", "RecordedSteps", "RunHeader", "RunRecord", "read_
 
 VERSION = 1
 MAX_SAMPLES = 1024
+MAX_HEADER_BYTES = 2**20
 OWN_ENDS = (FinishReason.LENGTH, FinishReason.STOP)
 ROLES: dict[str, tuple[Any, ...]] = {
     "policy": (FCFS, Priority),
@@ -173,11 +174,16 @@ def read_header(folder: str | Path) -> RunHeader:
     """Read `run.json` of a recorded run. Raises TraceError."""
     path = Path(folder) / "run.json"
     try:
-        fields = msgspec.json.decode(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(MAX_HEADER_BYTES + 1)
     except FileNotFoundError:
         raise TraceError(f"{folder}: expected a trace, or the folder of a recorded run, found no run.json") from None
     except OSError as error:
         raise TraceError(f"{path}: expected a readable file, found {error.strerror}") from None
+    if len(raw) > MAX_HEADER_BYTES:
+        raise TraceError(f"{path}: expected at most {MAX_HEADER_BYTES} bytes, found more")
+    try:
+        fields = msgspec.json.decode(raw)
     except (ValueError, RecursionError):
         raise TraceError(f"{path}: expected JSON, found something else") from None
     version = fields.get("pagedkv_run") if isinstance(fields, dict) else None
@@ -185,7 +191,7 @@ def read_header(folder: str | Path) -> RunHeader:
         raise TraceError(f"{path}: expected a recorded run of version {VERSION}, found {excerpt(version)}")
     try:
         return _header_of(fields)
-    except (KeyError, TypeError, AttributeError, InvalidArgumentError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"{path}: expected the configuration of an engine, found {excerpt(str(error))}") from None
 
 

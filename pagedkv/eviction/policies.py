@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pagedkv.arrays import shown
 from pagedkv.errors import ConfigError
 from pagedkv.eviction.fifo import FIFO
 from pagedkv.eviction.lru import LRU
@@ -32,6 +33,6 @@ def make_policy(name: str, num_blocks: int) -> EvictionPolicy:
     >>> make_policy("sieve", 8).name
     'sieve'
     """
-    if name not in POLICIES:
-        raise ConfigError(f"eviction policy must be one of {', '.join(POLICY_NAMES)}, found {name!r}")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ConfigError(f"eviction policy must be one of {', '.join(POLICY_NAMES)}, found {shown(name)}")
     return POLICIES[name](num_blocks)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pagedkv.arrays import as_int, cdiv
+from pagedkv.arrays import as_int, cdiv, shown
 from pagedkv.errors import InvalidArgumentError, SavedBlocksError
 from pagedkv.kv_spec import KVSpec
 from pagedkv.storage.views import Layout, layer_views
@@ -25,6 +25,11 @@ __all__ = ["FORMAT", "SavedBlocks", "read_file", "read_saved", "write_file"]
 FORMAT = "pagedkv blocks 1"
 TENSOR = "blocks"
 USER_PREFIX = "user."
+MAX_METADATA_BYTES = 2**20
+"""Documented cap on the caller's metadata, in UTF-8."""
+MAX_HEADER_BYTES = 2**24
+"""More than any header takes: JSON writes a byte of metadata as up to six."""
+HEADER_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +114,16 @@ def _identity(spec: KVSpec, layout: Layout) -> dict[str, str]:
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
+    num_bytes = 0
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise InvalidArgumentError(f"metadata must map strings to strings, found {key!r}: {value!r}")
+            raise InvalidArgumentError(f"metadata must map strings to strings, found {shown(key)}: {shown(value)}")
         try:
-            (key + value).encode()
+            num_bytes += len((key + value).encode())
         except UnicodeEncodeError as error:
             raise InvalidArgumentError(f"metadata must be text that UTF-8 can hold: {error}") from None
+    if num_bytes > MAX_METADATA_BYTES:
+        raise InvalidArgumentError(f"metadata must take at most {MAX_METADATA_BYTES} bytes, found {num_bytes}")
 
 
 def _clear_unused(content: Tensor, spec: KVSpec, layout: Layout, num_tokens: int) -> None:
@@ -164,6 +172,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
     if path.exists() and not path.is_file():
         raise SavedBlocksError(f"{path} is no file")
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(HEADER_LENGTH_BYTES), "little")
+    if length > MAX_HEADER_BYTES:  # Before anybody reads as much: safetensors itself takes 100 MB.
+        raise SavedBlocksError(
+            f"{path} is no file of saved blocks: a header of {length} bytes, at most {MAX_HEADER_BYTES}"
+        )
     try:
         handle: Any = safe_open(path, framework="pt", device="cpu")
         with handle as file:
@@ -176,9 +190,11 @@ def _checked_header(file: Any, path: Path, spec: KVSpec, layout: Layout) -> tupl
     header: dict[str, str] = file.metadata() or {}
     for key, wanted in _identity(spec, layout).items():
         if header.get(key) != wanted:
-            raise SavedBlocksError(f"{path} cannot be used here: its {key} is {header.get(key)!r}, expected {wanted!r}")
+            raise SavedBlocksError(
+                f"{path} cannot be used here: its {key} is {shown(header.get(key))}, expected {wanted!r}"
+            )
     if list(file.keys()) != [TENSOR]:
-        raise SavedBlocksError(f"{path} must hold one tensor, {TENSOR!r}, found {sorted(file.keys())}")
+        raise SavedBlocksError(f"{path} must hold one tensor, {TENSOR!r}, found {shown(sorted(file.keys()))}")
     view = file.get_slice(TENSOR)
     shape = list(view.get_shape())
     if view.get_dtype() != "U8" or len(shape) != 2 or shape[1] != spec.bytes_per_block:

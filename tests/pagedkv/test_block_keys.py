@@ -141,7 +141,7 @@ def test_anything_else_is_no_salt(salt: object) -> None:
 
 def test_a_text_of_4096_bytes_is_an_adapter_and_one_of_4097_is_not() -> None:
     assert root_key(CacheIdentity(), 16, adapter="é" * 2048) != root_key(CacheIdentity(), 16)
-    with pytest.raises(InvalidArgumentError, match="adapter must be at most 4096 bytes, found 4097"):
+    with pytest.raises(InvalidArgumentError, match="adapter must be at most 4096 bytes, found more"):
         root_key(CacheIdentity(), 16, adapter="é" * 2048 + "a")
     with pytest.raises(InvalidArgumentError, match="adapter must be a str"):
         root_key(CacheIdentity(), 16, adapter=b"x")

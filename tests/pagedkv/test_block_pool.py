@@ -142,6 +142,13 @@ def test_unnaming_frees_what_nobody_holds(pool: BlockPool) -> None:
     assert pool.counts(ids(1)).tolist() == [1]
 
 
+def test_no_blocks_can_be_had_at_any_time() -> None:
+    full = BlockPool(1)
+    full.allocate(1)
+    assert full.allocate(0).tolist() == []
+    assert full.allocate(np.int64(0)).tolist() == []
+
+
 def test_a_pool_may_be_empty() -> None:
     pool = BlockPool(0)
     assert pool.try_allocate(1) is None

@@ -87,7 +87,7 @@ BUGS = {
         PrefixCache, "num_resident", "(low + high + 1) // 2", "high // 2 or 1; high = middle"
     ),
     "names survive a change of tokens": Bug(
-        TokenContent, "write", "del self._keys[start * TOKEN_BYTES // self._block_bytes :]", "pass"
+        TokenContent, "write", "del self._keys[start // self._block_bytes :]", "pass"
     ),
     "a block is named before it is full": Bug(
         BlockNaming, "name_filled", "stops // table.block_size", "-(-stops // table.block_size)"
@@ -137,8 +137,8 @@ BUGS = {
     "swapped in from the head despite hits": Bug(
         RowMemory, "try_swap_in", "BlockCopies(host_blocks[num_hits:]", "BlockCopies(host_blocks[: len(new_blocks)]"
     ),
-    "hits of a swap in are counted as free": Bug(
-        RowMemory, "try_swap_in", "+ self.pool.num_evictable_among(hits) >", ">"
+    "hits of a swap in are counted as new": Bug(
+        RowMemory, "try_swap_in", "+ self.pool.num_evictable_among(hits) >", "+ num_hits >"
     ),
     "host blocks stay held after a swap in": Bug(
         RowMemory, "try_swap_in", "self.host_pool.release(self.host_blocks.pop(row))", "self.host_blocks.pop(row)"

@@ -42,6 +42,10 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[KVCacheManager], object]]] = {
         "I6",
         lambda m: m.memory.sequences.append_blocks(np.array([2]), np.array([1]), m.memory.pool.allocate(1)),
     ),
+    "a live row is not counted": ("I10", lambda m: setattr(table(m), "num_live", 2)),
+    "a row that was given back is still live": ("I10", lambda m: table(m).is_live.__setitem__(5, True)),
+    "a shared tail is not counted": ("I5", lambda m: table(m).has_shared_tail.__setitem__(1, True)),
+    "a shared tail is counted and not marked": ("I5", lambda m: setattr(m.memory.shared_tails, "num_marked", 1)),
     "a row has slots for unknown tokens": ("I15", lambda m: table(m).num_known.__setitem__(0, 3)),
     "a row counts a block as named that is not full": ("I3", lambda m: table(m).num_named.__setitem__(1, 1)),
     "a row counts blocks as named that lost their names": ("I3", lambda m: m.memory.cache.clear()),
@@ -63,3 +67,10 @@ def test_the_recount_finds(
     with pytest.raises(InvariantViolation) as caught:
         manager.check_invariants()
     assert caught.value.invariant == invariant
+
+
+def test_a_row_that_was_given_back_has_no_content(manager: KVCacheManager) -> None:
+    row = manager.row("b")
+    manager.close("b")
+    with pytest.raises(InvariantViolation, match="I9: row 1 is used after it was given back"):
+        manager.memory.sequences.content(row)

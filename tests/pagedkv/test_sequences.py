@@ -32,6 +32,7 @@ def test_growing_in_rows_keeps_what_was_there() -> None:
 def test_growing_in_width_keeps_what_was_there() -> None:
     table = SequenceTable(2, num_rows=2, width=1)
     first, second = add(table, 7), add(table, 8)
+    table.reserve_width(4)
     table.append_blocks(np.array([second, first]), np.array([1, 3]), np.array([1, 2, 3, 4]))
     assert table.blocks(first).tolist() == [7, 2, 3, 4]
     assert table.blocks(second).tolist() == [8, 1]
@@ -45,6 +46,7 @@ def test_a_new_sequence_may_be_wider_than_the_table() -> None:
 def test_one_block_each_and_a_run_for_one_row_are_appended_at_the_end() -> None:
     table = SequenceTable(2, num_rows=2, width=1)
     first, second = add(table, 7), add(table)
+    table.reserve_width(3)
     table.append_single(np.array([first, second]), np.array([1, 2]))
     table.append_run(second, 1, np.array([3, 4]))
     assert table.blocks(first).tolist() == [7, 1]

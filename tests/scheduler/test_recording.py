@@ -83,7 +83,7 @@ def test_a_recording_that_leads_elsewhere_is_refused_by_its_line() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "line 1: expected a JSON object, found ''"),
+        ([], "line 1: expected a JSON object, found 0 characters"),
         (["[]"], "line 1: expected a JSON object"),
         (['{"recording":99}'], "expected a recording of version 1, found 99"),
         (['{"recording":1}'], "the header does not describe a scheduler"),
@@ -97,7 +97,7 @@ def test_a_recording_that_leads_elsewhere_is_refused_by_its_line() -> None:
         (["header", "[" * 100_000], "line 2: expected a JSON object"),
         (
             ["header", '{"call":"schedule","now":0,"drafts":5,"plan":""}'],
-            "line 2: expected drafts as pairs of a row and its tokens, found 5",
+            "line 2: expected drafts as pairs of a row and its tokens, found int",
         ),
         (
             ["header", '{"call":"schedule","now":0,"drafts":[[3,[1]]],"plan":""}'],

@@ -1,5 +1,8 @@
 """LRU: order of letting go, which makes leaves go first by itself."""
 
+import pytest
+
+from pagedkv import InvariantViolation
 from pagedkv.eviction import LRU
 
 
@@ -38,3 +41,11 @@ def test_holes_are_squeezed_out_of_a_full_log(chains):
     for _ in range(100):
         cache.use("a", "b")
     assert cache.order == ["a", "b"]
+
+
+def test_the_recount_finds_a_block_that_was_lost(chains):
+    cache = chains(LRU(3), 3)
+    cache.use("a", "b")
+    cache.pool.policy._log[cache.pool.policy._head] = -1
+    with pytest.raises(InvariantViolation, match="I2: LRU counts 2 blocks, its log holds 1"):
+        cache.pool.policy.check_invariants()

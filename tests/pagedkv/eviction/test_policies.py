@@ -64,6 +64,27 @@ def test_a_leaf_that_fell_out_of_its_queue_is_found(chains, name):
 
 
 @pytest.mark.parametrize("name", ["fifo", "s3-fifo", "sieve"])
+def test_a_queue_that_lost_its_order_is_found(chains, name):
+    cache = chains(make_policy(name, 4), 4)
+    cache.use("a", "b", "c")
+    policy = cache.pool.policy
+    for heap in (getattr(policy, slot, None) for slot in ("_leaves", "_small", "_ahead", "_behind")):
+        if heap is not None:
+            heap._entries.reverse()
+    with pytest.raises(InvariantViolation, match="I2: the heap of evictable leaves has lost its order"):
+        policy.check_invariants()
+
+
+@pytest.mark.parametrize("name", ["fifo", "s3-fifo", "sieve"])
+def test_a_copy_is_as_sound_as_its_original(chains, name):
+    cache = chains(make_policy(name, 4), 4)
+    cache.use("ab", "ab", "c")
+    copy = cache.pool.policy._copy()
+    copy.check_invariants()
+    assert (len(copy), list(copy.order())) == (3, list(cache.pool.policy.order()))
+
+
+@pytest.mark.parametrize("name", ["fifo", "s3-fifo", "sieve"])
 def test_two_blocks_with_one_number_are_found(chains, name):
     cache = chains(make_policy(name, 4), 4)
     cache.use("ab")

@@ -1,0 +1,80 @@
+"""A memory that looks at itself while it works: a little after each operation, or all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, TypeAlias, get_args
+
+from pagedkv.errors import ConfigError, InvariantViolation
+from pagedkv.recount import check_some
+from pagedkv.row_memory import RowMemory
+
+__all__ = ["CheckLevel", "Checks", "as_check_level"]
+
+CheckLevel: TypeAlias = Literal["off", "cheap", "full"]
+"""off: nothing, at no cost. cheap: one row and one block in turn, O(1). full: a recount after each operation, O(blocks)."""
+
+PROBE_EVERY = 64
+"""Operations between two looks of the cheap level: what keeps it within 5 % of an operation's own cost."""
+
+
+def as_check_level(value: object) -> CheckLevel:
+    """Return a level. Raises ConfigError for anything else."""
+    for level in get_args(CheckLevel):
+        if isinstance(value, str) and value == level:
+            found: CheckLevel = level
+            return found
+    raise ConfigError(f"check must be one of {', '.join(get_args(CheckLevel))}, found {value!r:.60}")
+
+
+class Checks:
+    """Follows the operations of a manager, and of a scheduler on top of it, by replacing methods of these very objects.
+
+    So objects that nobody watches run the code that they would run if this did not exist. A violation is raised as
+    InvariantViolation by the operation after which it was found; it may have come about earlier.
+    """
+
+    def __init__(self, memory: RowMemory, level: CheckLevel) -> None:
+        self._memory = memory
+        self._level = level
+        self._num_operations = 0
+
+    def watch(self, owner: object, verbs: Sequence[str], recount: Callable[[], None]) -> None:
+        """Have these verbs of `owner` followed by a look at the memory; `recount` is the full one."""
+        for verb in verbs:
+            method = getattr(owner, verb)
+            setattr(owner, verb, self._probing(method) if self._level == "cheap" else _recounting(method, recount))
+
+    def _probing(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def probed(*args: Any, **options: Any) -> Any:
+            result = method(*args, **options)
+            self._num_operations += 1
+            if not self._num_operations % PROBE_EVERY:
+                try:
+                    check_some(self._memory, self._num_operations // PROBE_EVERY)
+                except InvariantViolation as violation:
+                    raise _found_after(violation, method.__name__) from None
+            return result
+
+        return probed
+
+
+def _recounting(method: Callable[..., Any], recount: Callable[[], None]) -> Callable[..., Any]:
+    @wraps(method)
+    def recounted(*args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        finally:  # What raised must have changed nothing, so it is followed by a recount, too.
+            try:
+                recount()
+            except InvariantViolation as violation:
+                raise _found_after(violation, method.__name__) from None
+
+    return recounted
+
+
+def _found_after(violation: InvariantViolation, verb: str) -> InvariantViolation:
+    message = str(violation).removeprefix(f"{violation.invariant}: ")
+    return InvariantViolation(violation.invariant, f"{message}; found after {verb}")

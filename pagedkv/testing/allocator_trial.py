@@ -1,0 +1,389 @@
+"""One allocator and its model, side by side: every verb is carried out on both, and what they say is compared.
+
+A trial's verbs take any arguments: from its model the trial knows beforehand whether a call must succeed, must run short of
+blocks, or must be refused, and demands just that. So any list of calls is a test, and any part of such a list is one, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from pagedkv.errors import InvalidArgumentError
+from pagedkv.testing.allocator_model import ModelSequence
+from pagedkv.testing.checked_calls import FRESH_TOKEN, CheckedCalls
+
+__all__ = ["AllocatorTrial"]
+
+Pair = tuple[int, int]
+VERBS = ("open", "extend", "append", "fork", "truncate", "close", "swap_out", "swap_in", "lookup", "finish")
+
+
+class AllocatorTrial(CheckedCalls):
+    """Calls verbs, compares results with the model's, and raises InvariantViolation naming what was broken.
+
+    `check_every`: after how many calls every table is recounted; `read_every`: after how many the content of every live
+    sequence is read back. Results, block choices and the number of free blocks are compared after each call.
+    `log` keeps every result, so that two runs can be compared (I14).
+    """
+
+    # Opening and closing
+
+    def open(self, sequence_id: Hashable, token_ids: Sequence[int], salt: bytes = b"") -> None:
+        """Open a sequence; the hit must be the one that the model predicts, and its blocks must hold the prompt."""
+        self.calls.append(("open", sequence_id, token_ids, salt))
+        model, caps = self.model, self.capabilities
+        call = ("open", sequence_id, token_ids)
+        if sequence_id in model.sequences or not token_ids:
+            self.refuse(call, salt=salt)
+            return
+        sequence = self._new_sequence(token_ids, salt)
+        expected = model.resident(sequence.histories, model.longest_hit(sequence.histories))
+        if not caps.chunked_prefill:
+            self._open_whole(call, sequence, salt)
+            return
+        num_hit = self.succeed(call, salt=salt)
+        self._check_hit("open", num_hit, sequence, expected)
+        blocks = self.table(sequence_id)
+        if caps.exact_hits and blocks != expected:
+            self.fail("I3", f"open({sequence_id!r}) holds blocks {blocks}, expected {expected}, which have its content")
+        if len(blocks) * model.block_size != num_hit:
+            self.fail("I1", f"open({sequence_id!r}) hit {num_hit} tokens and holds blocks {blocks}")
+        model.hold(blocks)
+        self._adopt(sequence_id, sequence, blocks, num_hit)
+        self.count(("open", num_hit, tuple(blocks)), sequence_id)
+
+    def close(self, sequence_id: Hashable) -> None:
+        """Close a sequence; its blocks must be available again, those with names still hit."""
+        self.calls.append(("close", sequence_id))
+        model = self.model
+        if sequence_id not in model.sequences:
+            if self.capabilities.checks_ids or sequence_id in self.closed_ids:
+                self.refuse(("close", sequence_id), invariant="I9")
+            return
+        self.succeed(("close", sequence_id))
+        sequence = model.sequences.pop(sequence_id)
+        model.let_go(sequence.blocks)
+        model.host_held -= set(sequence.host_blocks or ())
+        self.closed_ids.add(sequence_id)
+        self._check_forgotten(sequence_id)
+        self.count(("close",))
+
+    def lookup(self, token_ids: Sequence[int], salt: bytes = b"") -> None:
+        """Ask for the longest hit, which must change nothing."""
+        self.calls.append(("lookup", token_ids, salt))
+        if not self.capabilities.prefix_caching or not token_ids:
+            return
+        sequence = self._new_sequence(token_ids, salt)
+        before = self.snapshot()
+        num_hit = self.succeed(("lookup", token_ids), salt=salt)
+        self.unchanged(before, "I8", "a lookup")
+        expected = self.model.resident(sequence.histories, self.model.longest_hit(sequence.histories))
+        self._check_hit("lookup", num_hit, sequence, expected)
+        self.count(("lookup", num_hit))
+
+    # Growing, sharing, shrinking
+
+    def extend(self, sequence_id: Hashable, token_ids: Sequence[int]) -> None:
+        """Make more tokens known."""
+        self.calls.append(("extend", sequence_id, token_ids))
+        sequence = self.model.sequences.get(sequence_id)
+        if sequence is None:
+            self.refuse(("extend", sequence_id, token_ids))
+            return
+        self.succeed(("extend", sequence_id, token_ids))
+        last = sequence.histories[-1]
+        sequence.tokens += token_ids
+        sequence.histories += self.histories.walk(last, token_ids)
+        self.count(("extend",), sequence_id)
+
+    def append(self, sequence_id: Hashable, num_tokens: int) -> None:
+        """Give known tokens slots: as many copies as needed and no more, growth by free blocks, success at an exact fit."""
+        self.calls.append(("append", sequence_id, num_tokens))
+        model, sequence = self.model, self._on_device(sequence_id)
+        call = ("append", sequence_id, num_tokens)
+        if sequence is None or not 0 <= num_tokens <= sequence.num_pending:
+            self.refuse(call)
+            return
+        if not self.capabilities.chunked_prefill and num_tokens != 1:
+            return
+        num_needed = model.num_needed(sequence, num_tokens)
+        if num_needed > model.num_free:
+            self.run_short(call, num_needed, if_granted="I5" if model.must_copy(sequence) else "I1")
+            return
+        slots, copies = self.succeed(call)
+        slots, copies = list(slots), [tuple(pair) for pair in copies]
+        self._follow_append(sequence_id, sequence, num_tokens, (slots, copies))
+        self.count(("append", tuple(slots), tuple(copies)), sequence_id)
+
+    def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
+        """Share every block of a sequence."""
+        self.calls.append(("fork", source_id, sequence_id))
+        if not self.capabilities.forking:
+            return
+        model, source = self.model, self._on_device(source_id)
+        if source is None or sequence_id in model.sequences:
+            self.refuse(("fork", source_id, sequence_id))
+            return
+        self.succeed(("fork", source_id, sequence_id))
+        child = ModelSequence(source.salt, source.tokens[:], source.histories[:])
+        child.num_computed, child.num_named, child.blocks = source.num_computed, source.num_named, source.blocks[:]
+        child.was_swapped = source.was_swapped
+        model.hold(child.blocks)
+        model.sequences[sequence_id] = child
+        self.count(("fork",), sequence_id)
+
+    def truncate(self, sequence_id: Hashable, num_tokens: int) -> None:
+        """Drop the last tokens and the blocks that only they needed."""
+        self.calls.append(("truncate", sequence_id, num_tokens))
+        if not self.capabilities.truncating:
+            return
+        model, sequence = self.model, self._on_device(sequence_id)
+        if sequence is None or not 1 <= num_tokens <= len(sequence.histories):
+            self.refuse(("truncate", sequence_id, num_tokens))
+            return
+        self.succeed(("truncate", sequence_id, num_tokens))
+        del sequence.tokens[num_tokens:], sequence.histories[num_tokens:]
+        if num_tokens < sequence.num_computed:
+            num_kept = model.num_blocks_for(num_tokens)
+            model.let_go(sequence.blocks[num_kept:])
+            del sequence.blocks[num_kept:]
+            sequence.num_computed = num_tokens
+            sequence.num_named = min(sequence.num_named, num_tokens // model.block_size)
+        self.count(("truncate",), sequence_id)
+
+    # Swapping
+
+    def swap_out(self, sequence_id: Hashable) -> None:
+        """Move a sequence to the host: each of its blocks to a free host block."""
+        self.calls.append(("swap_out", sequence_id))
+        if not self.capabilities.swapping:
+            return
+        model, sequence = self.model, self._on_device(sequence_id)
+        if sequence is None:
+            self.refuse(("swap_out", sequence_id))
+            return
+        if len(sequence.blocks) > model.num_free_host:
+            self.run_short(("swap_out", sequence_id), len(sequence.blocks), invariant="I6")
+            return
+        copies = [tuple(pair) for pair in self.succeed(("swap_out", sequence_id))]
+        target_of: dict[int, int] = dict(copies)
+        targets = set(target_of.values())
+        if sorted(source for source, _ in copies) != sorted(sequence.blocks) or len(targets) != len(copies):
+            self.fail(
+                "I6", f"swap_out({sequence_id!r}) copies {copies}, expected each of blocks {sequence.blocks} once"
+            )
+        if not targets <= set(range(model.num_host_blocks)) - model.host_held:
+            self.fail("I6", f"swap_out({sequence_id!r}) copies {copies} to host blocks that are held or do not exist")
+        self.content.copy(self.content.device, self.content.host, copies)
+        sequence.host_blocks = [target_of[block_id] for block_id in sequence.blocks]
+        model.host_held |= targets
+        model.let_go(sequence.blocks)
+        sequence.blocks, sequence.num_named, sequence.was_swapped = [], 0, True
+        self.count(("swap_out", tuple(copies)), sequence_id)
+
+    def swap_in(self, sequence_id: Hashable) -> None:
+        """Bring a sequence back: blocks that are still cached are taken, and only the others are copied."""
+        self.calls.append(("swap_in", sequence_id))
+        if not self.capabilities.swapping:
+            return
+        model, sequence = self.model, self.model.sequences.get(sequence_id)
+        if sequence is None or sequence.host_blocks is None:
+            self.refuse(("swap_in", sequence_id))
+            return
+        num_blocks = len(sequence.host_blocks)
+        hits = model.resident(sequence.histories, sequence.num_computed)
+        num_needed = num_blocks - len(hits) + sum(block_id in model.evictable for block_id in hits)
+        if num_needed > model.num_free:
+            self.run_short(("swap_in", sequence_id), num_needed, invariant="I6")
+            return
+        copies = [tuple(pair) for pair in self.succeed(("swap_in", sequence_id))]
+        blocks = self.table(sequence_id)
+        if len(set(blocks)) < len(blocks):
+            self.fail(
+                "I7",
+                f"swap_in({sequence_id!r}) returned table {blocks}: a block that was found cached was evicted first",
+            )
+        if self.capabilities.exact_hits:
+            expected = list(zip(sequence.host_blocks[len(hits) :], blocks[len(hits) :], strict=False))
+            if blocks[: len(hits)] != hits or sorted(copies) != sorted(expected) or len(blocks) != num_blocks:
+                self.fail(
+                    "I6",
+                    f"swap_in({sequence_id!r}) copies {copies} into table {blocks}; expected {num_blocks} blocks, first {hits}, "
+                    f"which are still cached, and copies from host blocks {sequence.host_blocks[len(hits) :]} to the others",
+                )
+        copied = {target for _, target in copies}
+        kept = [block_id for block_id in blocks if block_id not in copied]
+        model.hold(kept)
+        model.take([block_id for block_id in blocks if block_id in copied])
+        self.content.copy(self.content.host, self.content.device, copies)
+        model.host_held -= set(sequence.host_blocks)
+        sequence.host_blocks, sequence.blocks = None, blocks
+        self._count_named(sequence)
+        model.name_filled(sequence, sequence.num_named)
+        self.count(("swap_in", tuple(copies), tuple(blocks)), sequence_id)
+
+    # Many calls
+
+    def run(self, operation: tuple[Any, ...]) -> None:
+        """Carry out a call that is given as a tuple: the verb's name, then its arguments."""
+        verb, *arguments = operation
+        if verb not in VERBS:
+            raise InvalidArgumentError(f"{verb!r} is no verb of a trial: these are {', '.join(VERBS)}")
+        getattr(self, verb)(*arguments)
+
+    def fresh(self) -> AllocatorTrial:
+        """A trial of the same sizes on a fresh allocator."""
+        model = self.model
+        return AllocatorTrial(self.make_allocator, model.num_blocks, model.block_size, model.num_host_blocks)
+
+    def repeat(self) -> None:
+        """Make the same calls on a fresh allocator; all results must be the same (I14)."""
+        again = self.fresh()
+        for call in self.calls:
+            again.run(call)
+        self.compare(again)
+
+    def compare(self, other: AllocatorTrial) -> None:
+        """Two trials of the same calls must have had the same results (I14)."""
+        for idx, (mine, others) in enumerate(zip(self.log, other.log, strict=False)):
+            if mine != others:
+                self.fail("I14", f"call {idx} of two equal runs gave {mine} and {others}")
+        if len(self.log) != len(other.log):
+            self.fail("I14", f"two equal runs made {len(self.log)} and {len(other.log)} calls")
+
+    def finish(self) -> None:
+        """Close everything: nothing may be left, and one sequence must be able to take the whole pool (I10)."""
+        model = self.model
+        for sequence_id in list(model.sequences):
+            self.close(sequence_id)
+        num_tokens = model.num_blocks * model.block_size
+        self.open("the whole pool", [FRESH_TOKEN + self.num_calls] * num_tokens)
+        if self.capabilities.chunked_prefill:
+            self.append("the whole pool", num_tokens)
+        self.close("the whole pool")
+
+    # What the verbs have in common
+
+    def _new_sequence(self, token_ids: Sequence[int], salt: bytes) -> ModelSequence:
+        root = self.histories.root(salt if self.capabilities.salts else b"")
+        return ModelSequence(salt, list(token_ids), self.histories.walk(root, token_ids))
+
+    def _on_device(self, sequence_id: Hashable) -> ModelSequence | None:
+        sequence = self.model.sequences.get(sequence_id)
+        return sequence if sequence is not None and sequence.host_blocks is None else None
+
+    def _check_forgotten(self, sequence_id: Hashable) -> None:
+        """Nothing of a closed sequence may be left."""
+        try:
+            blocks = self.table(sequence_id)
+        except self.capabilities.mistakes:
+            return
+        if blocks:
+            self.fail("I10", f"{sequence_id!r} was closed and still has a table: {blocks}")
+
+    def _check_hit(self, verb: str, num_hit: int, sequence: ModelSequence, expected: list[int]) -> None:
+        """A hit is whole blocks, holds the prompt's own content, and is as long as the model says."""
+        size, most = self.model.block_size, self.model.longest_hit(sequence.histories)
+        if num_hit % size or not 0 <= num_hit <= most:
+            self.fail("I3", f"{verb} hit {num_hit} tokens, expected whole blocks of {size}, at most {most} tokens")
+        num_written = self.content.num_found(sequence.histories, num_hit)
+        if num_written < num_hit:
+            self.fail(
+                "I3", f"{verb} hit {num_hit} tokens, no blocks hold more than {num_written} of them under this salt"
+            )
+        if self.capabilities.exact_hits and num_hit != len(expected) * size:
+            self.fail("I3", f"{verb} hit {num_hit} tokens, expected {len(expected) * size}: blocks {expected}")
+
+    def _open_whole(self, call: tuple[Hashable, ...], sequence: ModelSequence, salt: bytes) -> None:
+        """Open a sequence that takes all blocks of its prompt at once; hits may spare it some of them."""
+        model, size = self.model, self.model.block_size
+        num_tokens = len(sequence.histories)
+        num_most = model.num_blocks_for(num_tokens)
+        num_least = num_most - self.content.num_found(sequence.histories, model.longest_hit(sequence.histories)) // size
+        if num_least > model.num_free:
+            self.run_short(call, num_least, salt=salt)
+            return
+        if num_most > model.num_free:  # Whether it must succeed depends on hits that only the allocator knows.
+            before = self.snapshot()
+            try:
+                num_hit = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
+            except self.capabilities.shortage:
+                self.unchanged(before, "I8", "open ran short of blocks")
+                self.count(("open", "short"))
+                return
+        else:
+            num_hit = self.succeed(call, salt=salt)
+        self._check_hit("open", num_hit, sequence, model.resident(sequence.histories, num_hit))
+        blocks = self.table(call[1])
+        if len(blocks) != num_most:
+            self.fail("I1", f"open({call[1]!r}) holds blocks {blocks}, expected {num_most} of them")
+        num_kept = num_hit // size
+        model.hold(blocks[:num_kept])
+        model.take(blocks[num_kept:])
+        self._adopt(call[1], sequence, blocks, num_hit)
+        self._write(sequence, num_hit, num_tokens)
+        self.count(("open", num_hit, tuple(blocks)), call[1])
+
+    def _adopt(self, sequence_id: Hashable, sequence: ModelSequence, blocks: list[int], num_hit: int) -> None:
+        """Enter a sequence whose first tokens were hit; the blocks must hold them."""
+        self.model.sequences[sequence_id] = sequence
+        sequence.blocks, sequence.num_computed = blocks, num_hit
+        position = self.content.first_difference(
+            blocks[: num_hit // self.model.block_size], sequence.histories, num_hit, on_host=False
+        )
+        if position is not None:
+            self.fail("I3", f"open({sequence_id!r}) hit blocks {blocks}, token {position} there is another's")
+        self._count_named(sequence)
+
+    def _count_named(self, sequence: ModelSequence) -> None:
+        """Count the leading blocks that are the ones which the prefix cache names."""
+        model, size = self.model, self.model.block_size
+        sequence.num_named = 0
+        for idx in range(sequence.num_computed // size):
+            if model.block_of.get(sequence.histories[(idx + 1) * size - 1]) != sequence.blocks[idx]:
+                return
+            sequence.num_named = idx + 1
+
+    def _follow_append(
+        self, sequence_id: Hashable, sequence: ModelSequence, num_tokens: int, appended: tuple[list[int], list[Pair]]
+    ) -> None:
+        """Compare table, copies and slots with what must be, carry the copies out, and write."""
+        model, size = self.model, self.model.block_size
+        slots, copies = appended
+        start, stop = sequence.num_computed, sequence.num_computed + num_tokens
+        old, new = sequence.blocks, self.table(sequence_id)
+        num_old = len(old)
+        copied = num_tokens > 0 and model.must_copy(sequence)
+        kept = old[:-1] if copied else old
+        num_blocks = max(num_old, model.num_blocks_for(stop))
+        expected_copies = [(old[-1], new[num_old - 1])] if copied and len(new) >= num_old else []
+        if copies != expected_copies or (copied and new[num_old - 1] == old[-1]):
+            wanted = f"a copy of block {old[-1]} to a fresh one: it is shared or cached" if copied else "none"
+            self.fail(
+                "I5", f"append({sequence_id!r}, {num_tokens}) copies {copies} with table {new}, expected {wanted}"
+            )
+        if new[: len(kept)] != kept or len(new) != num_blocks:
+            self.fail(
+                "I1",
+                f"append({sequence_id!r}, {num_tokens}) turned table {old} into {new}, expected {num_blocks} blocks",
+            )
+        model.take(new[len(kept) :])
+        if copied:
+            model.let_go(old[-1:])
+        sequence.blocks = new
+        self.content.copy(self.content.device, self.content.device, copies)
+        expected_slots = [new[i // size] * size + i % size for i in range(start, stop)]
+        if slots != expected_slots:
+            self.fail(
+                "I4", f"append({sequence_id!r}, {num_tokens}) gave slots {slots}, table {new} says {expected_slots}"
+            )
+        self._write(sequence, start, stop)
+
+    def _write(self, sequence: ModelSequence, start: int, stop: int) -> None:
+        """Write tokens through the table, and name the blocks that became full."""
+        size, device, histories = self.model.block_size, self.content.device, sequence.histories
+        for position in range(start, stop):
+            device[sequence.blocks[position // size]][position % size] = histories[position]
+        sequence.num_computed = stop
+        self.model.name_filled(sequence, start // size)

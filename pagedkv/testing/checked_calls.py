@@ -1,0 +1,242 @@
+"""Calls of an allocator's verbs that must succeed, run short, or be refused, and the recounts after them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NoReturn
+
+from pagedkv.errors import ConfigError, InvariantViolation
+from pagedkv.testing.allocator_model import AllocatorModel, ModelSequence
+from pagedkv.testing.allocator_protocol import AllocatorProtocol, Capabilities, MakeAllocator
+from pagedkv.testing.content_shadow import ContentShadow, Histories
+
+__all__ = ["FRESH_TOKEN", "CheckedCalls"]
+
+Call = tuple[Any, ...]
+"""A verb's name and its arguments."""
+OWN_CHECK_EVERY = 16
+"""One recount in so many is followed by the allocator's own, which may cost more than all else together."""
+FRESH_TOKEN = 2**30
+"""No prompt of a test contains this token or a later one."""
+
+
+class CheckedCalls:
+    """An allocator, the model of it and the content of its blocks; every way in which a call may end is looked at."""
+
+    def __init__(
+        self,
+        make_allocator: MakeAllocator,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        *,
+        check_every: int = 1,
+        read_every: int = 1,
+    ) -> None:
+        self.make_allocator = make_allocator
+        self.allocator: AllocatorProtocol = make_allocator(num_blocks, block_size, num_host_blocks)
+        self.capabilities = checked_capabilities(self.allocator)
+        if not self.capabilities.swapping:
+            num_host_blocks = 0
+        self.model = AllocatorModel(num_blocks, block_size, num_host_blocks, self.capabilities)
+        self.content = ContentShadow(num_blocks, block_size, num_host_blocks)
+        self.histories = Histories()
+        self.check_every = check_every
+        self.read_every = read_every
+        self.num_calls = 0
+        self.log: list[object] = []
+        self.calls: list[Call] = []
+        self.closed_ids: set[Hashable] = set()
+        self._own_check = getattr(self.allocator, "check", None)
+        self._own_state = getattr(self.allocator, "state", None)
+
+    # How a call ends
+
+    def succeed(self, call: Call, **options: object) -> Any:
+        """Make a call that must succeed, and return its result."""
+        try:
+            return getattr(self.allocator, call[0])(*call[1:], **options)
+        except self.capabilities.shortage as error:
+            self.fail(
+                "I2",
+                f"{shown(call)} raised {shown_error(error)} with {self.model.num_free} blocks free: expected success",
+            )
+        except self.capabilities.mistakes as error:
+            is_left = call[0] in ("open", "fork") and call[{"open": 1, "fork": 2}[call[0]]] in self.closed_ids
+            reason = ", which was closed before" if is_left else ""
+            self.fail(
+                "I10" if is_left else "I8", f"{shown(call)}{reason}, raised {shown_error(error)}: expected success"
+            )
+        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+            self.fail("I8", f"{shown(call)} raised {shown_error(error)}: expected success")
+
+    def run_short(
+        self, call: Call, num_needed: int, *, invariant: str = "I8", if_granted: str = "I1", **options: object
+    ) -> None:
+        """Make a call that needs more blocks than are free: it must say so, and change nothing.
+
+        `invariant`: what is broken by a change; `if_granted`: by a success, which needs blocks that somebody holds.
+        """
+        caps, model = self.capabilities, self.model
+        never_fits = num_needed > (model.num_host_blocks if call[0] == "swap_out" else model.num_blocks)
+        before = self.snapshot()
+        reason = f"{num_needed} blocks are needed" + (", more than there are" if never_fits else ", fewer are free")
+        try:
+            found = getattr(self.allocator, call[0])(*call[1:], **options)
+        except caps.shortage:
+            self.unchanged(before, invariant, f"{shown(call)} ran short of blocks")
+            self.count((call[0], "short"))
+            return
+        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+            self.fail(
+                "I12" if never_fits else "I8",
+                f"{shown(call)} raised {shown_error(error)}, expected a shortage: {reason}",
+            )
+        self.fail(
+            "I12" if never_fits else if_granted, f"{shown(call)} returned {found!r}, expected a shortage: {reason}"
+        )
+
+    def refuse(self, call: Call, *, invariant: str = "I8", **options: object) -> None:
+        """Make a call that must be refused as the caller's mistake, and change nothing."""
+        if not self.capabilities.checks_ids and invariant == "I8":
+            return
+        before = self.snapshot()
+        try:
+            getattr(self.allocator, call[0])(*call[1:], **options)
+        except self.capabilities.mistakes:
+            self.unchanged(before, invariant, f"{shown(call)} was refused")
+            self.count((call[0], "refused"))
+            return
+        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+            self.fail(invariant, f"{shown(call)} raised {shown_error(error)}, expected the refusal of a mistake")
+        self.fail(invariant, f"{shown(call)} was accepted, expected the refusal of a mistake")
+
+    def fail(self, invariant: str, message: str) -> NoReturn:
+        """Report what was broken."""
+        raise InvariantViolation(invariant, message) from None
+
+    # What nothing may change
+
+    def snapshot(self) -> object:
+        """All that can be seen from outside, and the allocator's own state if it shows that."""
+        allocator = self.allocator
+        tables = [list(allocator.block_table(sequence_id)) for sequence_id in self.model.sequences]
+        num_free_host = allocator.num_free_host() if self.model.num_host_blocks else 0
+        return tables, allocator.num_free(), num_free_host, self._own_state() if self._own_state is not None else None
+
+    def unchanged(self, before: object, invariant: str, what: str) -> None:
+        """Compare with what a snapshot showed."""
+        after = self.snapshot()
+        if after != before:
+            self.fail(invariant, f"{what} and changed the state: expected {before}, found {after}")
+
+    # After each call
+
+    def count(self, result: tuple[Any, ...], sequence_id: Hashable = None) -> None:
+        """Note the result; compare free blocks, and every so often all tables and all content."""
+        self.log.append(result)
+        self.num_calls += 1
+        self.compare_free(result[0])
+        if self.num_calls % self.check_every == 0:
+            self.recount()
+        elif sequence_id is not None:
+            self.compare_table(sequence_id, self.model.sequences[sequence_id])
+        if self.num_calls % self.read_every == 0:
+            for id_, sequence in self.model.sequences.items():
+                self.read(id_, sequence)
+
+    def compare_free(self, verb: str) -> None:
+        """Free blocks of both tiers as the allocator counts them, against the blocks that no table names. O(1)."""
+        model = self.model
+        tiers = [("device", self.allocator.num_free(), model.num_free)]
+        if model.num_host_blocks:
+            tiers.append(("host", self.allocator.num_free_host(), model.num_free_host))
+        for tier, found, expected in tiers:
+            if found != expected:
+                what = f"{found} {tier} blocks are free after {self.log[-1]}, the tables leave {expected}"
+                self.compare_tables()
+                invariant = "I9" if verb == "close" else "I2"
+                if found > expected and tier == "device" and self._hands_out_held_blocks(found):
+                    invariant = "I1"
+                self.fail(invariant, what)
+
+    def compare_tables(self) -> None:
+        """Every table against the model's. O(blocks held)."""
+        for id_, sequence in self.model.sequences.items():
+            self.compare_table(id_, sequence)
+
+    def _hands_out_held_blocks(self, num_blocks: int) -> bool:
+        """Whether too many free blocks are some that a table still names, or some that are listed twice.
+
+        Takes them all to see; the allocator is broken anyway.
+        """
+        num_tokens = num_blocks * self.model.block_size
+        try:
+            self.allocator.open("all that is free", [FRESH_TOKEN] * num_tokens, salt=b"")
+            if self.capabilities.chunked_prefill:
+                self.allocator.append("all that is free", num_tokens)
+            return any(self.model.num_holders[block_id] for block_id in self.table("all that is free"))
+        except Exception:  # noqa: BLE001 - a broken allocator may raise anything
+            return False
+
+    def recount(self) -> None:
+        """Every table against the model's, and every so often the allocator's own check. O(blocks held)."""
+        self.compare_tables()
+        if self._own_check is not None and self.num_calls % (OWN_CHECK_EVERY * self.check_every) == 0:
+            try:
+                self._own_check()
+            except InvariantViolation:
+                raise
+            except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+                self.fail("I1", f"its own check raised {shown_error(error)} after {self.log[-1]}")
+
+    def compare_table(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
+        """One table: nothing but its own verbs may change it."""
+        found = self.table(sequence_id)
+        if found != sequence.blocks:
+            self.fail(
+                "I1", f"block table of {sequence_id!r} after {self.log[-1]}: expected {sequence.blocks}, found {found}"
+            )
+
+    def read(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
+        """Read a sequence back through its table: every token must be what was written for it. O(tokens)."""
+        is_swapped = sequence.host_blocks is not None
+        blocks = sequence.blocks if sequence.host_blocks is None else sequence.host_blocks
+        position = self.content.first_difference(blocks, sequence.histories, sequence.num_computed, on_host=is_swapped)
+        if position is not None:
+            invariant = "I6" if sequence.was_swapped else "I4"
+            block_id = blocks[position // self.model.block_size]
+            self.fail(
+                invariant,
+                f"token {position} of {sequence_id!r}, in {'host ' * is_swapped}block {block_id}, is not what was written for "
+                f"it, after {self.log[-1]}",
+            )
+
+    def table(self, sequence_id: Hashable) -> list[int]:
+        """The allocator's own table of a sequence."""
+        return list(self.allocator.block_table(sequence_id))
+
+
+def checked_capabilities(allocator: AllocatorProtocol) -> Capabilities:
+    """What the allocator says it can do; raises ConfigError for a verb that it then lacks, and for no answer at all."""
+    capabilities = getattr(allocator, "capabilities", None)
+    if not isinstance(capabilities, Capabilities):
+        raise ConfigError(f"{type(allocator).__name__}.capabilities must be a Capabilities, found {capabilities!r:.60}")
+    verbs = ["open", "extend", "append", "close", "block_table", "num_free"]
+    verbs += ["lookup"] * capabilities.prefix_caching + ["fork"] * capabilities.forking
+    verbs += ["truncate"] * capabilities.truncating + ["swap_out", "swap_in", "num_free_host"] * capabilities.swapping
+    missing = [verb for verb in verbs if not callable(getattr(allocator, verb, None))]
+    if missing:
+        raise ConfigError(f"{type(allocator).__name__} lacks {', '.join(missing)}, which its capabilities say it has")
+    return capabilities
+
+
+def shown(call: Call) -> str:
+    """A call as one would write it."""
+    return f"{call[0]}({', '.join(map(repr, call[1:]))})"
+
+
+def shown_error(error: Exception) -> str:
+    """Type and first line of an error."""
+    message = str(error).splitlines()
+    return f"{type(error).__name__}({message[0] if message else ''})"

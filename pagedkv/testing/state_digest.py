@@ -1,0 +1,36 @@
+"""A fingerprint of everything that a memory promises to keep when an operation fails."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import numpy as np
+
+from pagedkv.manager import KVCacheManager
+
+__all__ = ["state_digest"]
+
+
+def state_digest(manager: KVCacheManager) -> str:
+    """Fingerprint of holders, names, tables, host blocks and counters, as 16 hex digits. O(blocks + tokens of last blocks).
+
+    Left out is the order of free and of evictable blocks: which block goes out next is a heuristic, not a promise, and a
+    swap in that fails has looked at what it would have hit.
+    """
+    memory, table = manager.memory, manager.memory.sequences
+    digest = sha256()
+    for pool in (memory.pool, memory.host_pool):
+        ids = np.arange(pool.num_blocks)
+        digest.update(pool.counts(ids).tobytes() + pool.is_named(ids).tobytes())
+        digest.update(repr((pool.num_free, pool.num_evictable, sorted(pool.order()))).encode())
+    names = [(block_id, memory.cache.key_of(block_id)) for block_id in range(memory.pool.num_blocks)]
+    digest.update(repr(names).encode())
+    for row in np.flatnonzero(table.is_live).tolist():
+        columns = (table.num_known, table.num_computed, table.num_blocks, table.num_drafts, table.num_named)
+        digest.update(repr((row, [int(column[row]) for column in columns], table.has_shared_tail[row])).encode())
+        digest.update(table.blocks(row).tobytes())
+        digest.update(repr(memory.host_blocks.get(row, table.blocks(row)[:0]).tolist()).encode())
+        num_in_tail = int(table.num_known[row] - 1) % memory.block_size + 1
+        digest.update(table.tails[row, :num_in_tail].tobytes())
+    digest.update(repr((memory.counters, len(manager), table.num_live)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""`pagedkv soak`: a service for simulated hours, under faults, in minutes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from pagedkv.testing.soak.run import SoakFailedError, SoakReport, run_soak
+from pagedkv.testing.soak.settings import SERVICE_HOURS, SoakConfig
+
+__all__ = ["soak"]
+
+
+def soak(
+    hours: Annotated[float, typer.Option(help="Simulated hours; one takes a few seconds.")] = 24.0,
+    seed: Annotated[int, typer.Option(help="Everything is drawn from it: services, requests, faults.")] = 0,
+    service_hours: Annotated[
+        float, typer.Option(help="Simulated hours after which the service is set up anew, with another configuration.")
+    ] = SERVICE_HOURS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Serve requests for simulated hours while memory runs out, copies fail, clients leave and clocks jump.
+
+    What must hold is checked all the time; every ten simulated minutes the faults stop, and everybody must get through, with
+    nothing left behind. Exit code 1 and the command that does it again if something does not hold.
+    """
+    config = SoakConfig(hours, seed, service_hours)
+    start = time.perf_counter()
+    try:
+        with _progress(hours) as progress:
+            report = run_soak(config, progress=progress)
+    except SoakFailedError as failure:
+        if as_json:
+            outcome = {"passed": False, "invariant": failure.invariant, "message": str(failure)}
+            typer.echo(json.dumps({**outcome, "command": failure.command}))
+        else:
+            typer.echo(f"failed: {failure}", err=True)
+        raise typer.Exit(1) from None
+    wall_s = time.perf_counter() - start
+    if as_json:
+        typer.echo(json.dumps({"passed": True, "wall_s": wall_s, **asdict(report)}))
+    else:
+        _print(report, wall_s)
+
+
+@contextmanager
+def _progress(hours: float) -> Iterator[Callable[[float], None] | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("serving", total=hours)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _print(report: SoakReport, wall_s: float) -> None:
+    config = report.config
+    growth = report.rss_growth_bytes
+    figures: dict[str, Any] = {
+        "simulated hours": f"{config.hours:g}, seed {config.seed}",
+        "wall time": f"{wall_s:.1f} s, {config.hours * 3600 / wall_s:,.0f} times as fast",
+        "services": report.num_services,
+        "steps": report.num_steps,
+        "requests": f"{report.num_requests:,} added, {report.num_refused:,} refused, {report.num_aborted:,} aborted",
+        "answers": f"{report.num_finished_samples:,} with {report.num_tokens:,} tokens, all as without a cache",
+        "preemptions": f"{report.num_preemptions:,}, {report.num_swaps:,} of them swaps, at most {report.max_preemptions} each",
+        "failed steps": report.num_failed_steps,
+        "longest drain": f"{report.max_drain_steps:,} steps",
+        "faults": f"{sum(report.faults.values()):,}",
+        "failed allocations": ", ".join(f"{count} {point}" for point, count in report.failed_allocations.items()),
+        "resident memory": "not known" if growth is None else f"{growth / 1e6:+.1f} MB since the first hour",
+        "digest of the logs": report.digest[:16],
+    }
+    for name, value in figures.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        typer.echo(f"{name:20} {shown}")

@@ -1,0 +1,164 @@
+"""`pagedkv verify`: property tests against an allocator of the user's, without pytest."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pagedkv import ConfigError
+from pagedkv.testing.allocator_protocol import MakeAllocator
+from pagedkv.testing.allocator_verification import Failure, Report, called
+from pagedkv.testing.allocator_verification import verify as run_verification
+
+__all__ = ["load_factory", "verify"]
+
+MAX_OPERATIONS = 10**12
+
+
+def verify(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="Called as FACTORY(num_blocks, block_size, num_host_blocks); returns an AllocatorProtocol.",
+            show_default=False,
+        ),
+    ],
+    ops: Annotated[str, typer.Option(help="Random calls to make, such as 100000 or 1e6.")] = "1e5",
+    seed: Annotated[int, typer.Option(help="Same seed, same calls.")] = 0,
+    check_every: Annotated[int, typer.Option(help="Recount all tables after so many calls.", min=1)] = 1,
+    read_every: Annotated[int, typer.Option(help="Read all content back after so many calls.", min=1)] = 1,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the outcome to this file, as JSON.", metavar="PATH")
+    ] = None,
+) -> None:
+    """Make random calls on an allocator and compare every result with a model.
+
+    Exit code 0: nothing was broken. 1: an invariant was; its id and a shrunk script that repeats it are printed. 2: the
+    allocator could not be run at all.
+    """
+    num_operations = _as_count(ops)
+    make_allocator = load_factory(factory)
+    start = time.perf_counter()
+    with _progress(num_operations) as progress:
+        report = run_verification(
+            make_allocator,
+            num_operations=num_operations,
+            seed=seed,
+            check_every=check_every,
+            read_every=read_every,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    if json_path is not None:
+        json_path.write_text(json.dumps(_as_json(factory, report, seconds), indent=2) + "\n", encoding="utf-8")
+    if report.failure is None:
+        rate = report.num_operations / seconds
+        typer.echo(
+            f"{factory}: {report.num_operations:,} operations in {report.num_trials:,} trials, nothing broken "
+            f"(seed {seed}, {seconds:.1f} s, {rate:,.0f} operations/s, digest {report.digest[:16]})"
+        )
+        return
+    _print_failure(factory, report, report.failure)
+    raise typer.Exit(1)
+
+
+def load_factory(name: str) -> MakeAllocator:
+    """Import `module:function`, looking in the current folder first. Raises ConfigError, one line, for whatever is wrong."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError(
+            f"the factory is named module:function, such as my_engine.memory:make_allocator; found {name!r}"
+        )
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # Importing runs the user's code, which may raise anything.
+        raise ConfigError(f"cannot import {module_name}: {_one_line(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{module_name} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{name} is not callable: expected a factory, found {type(found).__name__}")
+    factory: MakeAllocator = found
+    try:
+        factory(2, 2, 2)
+    except Exception as error:
+        raise ConfigError(f"{name}(num_blocks=2, block_size=2, num_host_blocks=2) raised {_one_line(error)}") from error
+    return factory
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _as_count(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 1 <= number <= MAX_OPERATIONS or number != int(number):
+        raise ConfigError(f"--ops must be a whole number from 1 to 1e12, found {text!r}")
+    return int(number)
+
+
+def _print_failure(factory: str, report: Report, failure: Failure) -> None:
+    typer.echo(f"{failure.invariant} is broken: {failure.message}")
+    typer.echo(
+        f"found after {report.num_operations:,} operations (seed {report.seed}, trial {failure.trial_idx}), shrunk from "
+        f"{failure.num_operations_found} calls to {len(failure.operations)}; this script repeats it:\n"
+    )
+    typer.echo(failure.script(factory))
+
+
+def _as_json(factory: str, report: Report, seconds: float) -> dict[str, Any]:
+    failure = report.failure
+    found = None
+    if failure is not None:
+        found = {
+            "invariant": failure.invariant,
+            "message": failure.message,
+            "trial": failure.trial_idx,
+            "num_blocks": failure.size[0],
+            "block_size": failure.size[1],
+            "num_host_blocks": failure.size[2],
+            "calls": [called(operation) for operation in failure.operations],
+            "num_calls_before_shrinking": failure.num_operations_found,
+            "script": failure.script(factory),
+        }
+    return {
+        "factory": factory,
+        "passed": failure is None,
+        "seed": report.seed,
+        "num_operations": report.num_operations,
+        "num_trials": report.num_trials,
+        "digest": report.digest,
+        "wall_s": seconds,
+        "operations_per_s": report.num_operations / seconds,
+        "failure": found,
+    }
+
+
+@contextmanager
+def _progress(num_operations: int) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=num_operations)
+        yield lambda num_made: bar.update(task, completed=num_made)

@@ -1,0 +1,116 @@
+"""Fuzz the parsers: `python tests/fuzz/run.py --seconds 60`. Prints runs, rate and memory of each target, as JSON lines.
+
+With atheris installed, `--atheris --target trace` lets libFuzzer guide the mutations by coverage. Inputs that raise what
+no caller should have to expect are written to `--out` and end the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+from fuzz_mutations import mutants  # noqa: E402
+
+if "--atheris" in sys.argv:
+    import atheris
+
+    # Only what is imported in here tells libFuzzer which way it went.
+    with atheris.instrument_imports(include=["pagedkv"]):
+        if "saved" in sys.argv:
+            import pagedkv.storage  # noqa: F401
+        from fuzz_targets import TARGETS, try_input
+else:
+    from fuzz_targets import TARGETS, try_input
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def fuzz(name: str, seconds: float, seed: int, out: Path) -> int:
+    """Fuzz one target; returns how many different failures were found."""
+    target = TARGETS[name]
+    random = Random(f"{name}/{seed}")  # noqa: S311 - repeatable, not secret
+    seeds = target.seeds()
+    for data in seeds:
+        try_input(target, data)
+    before, started, num_runs, num_accepted = peak_mb(), time.monotonic(), 0, 0
+    failures: set[str] = set()
+    for data in mutants(seeds, random):
+        if num_runs % 64 == 0 and time.monotonic() - started >= seconds:
+            break
+        num_runs += 1
+        try:
+            num_accepted += try_input(target, data)
+        except Exception as error:  # noqa: BLE001 - this is what is looked for
+            frame = error.__traceback__
+            while frame is not None and frame.tb_next is not None:
+                frame = frame.tb_next
+            where = f"{type(error).__name__} at {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+            if where not in failures:
+                failures.add(where)
+                out.mkdir(parents=True, exist_ok=True)
+                path = out / f"{name}-{sha256(data).hexdigest()[:12]}"
+                path.write_bytes(data)
+                print(json.dumps({"target": name, "failure": where, "message": str(error)[:200], "input": str(path)}))
+    elapsed = time.monotonic() - started
+    print(
+        json.dumps(
+            {
+                "target": name,
+                "seed": seed,
+                "seconds": round(elapsed, 1),
+                "runs": num_runs,
+                "runs_per_s": round(num_runs / elapsed),
+                "accepted": num_accepted,
+                "failures": len(failures),
+                "peak_rss_mb": round(peak_mb()),
+                "peak_rss_grew_mb": round(peak_mb() - before),
+            }
+        ),
+        flush=True,
+    )
+    return len(failures)
+
+
+def fuzz_guided(name: str, seconds: float, seed: int, out: Path) -> None:
+    """Hand over to libFuzzer; it ends the process."""
+    corpus = out / f"corpus-{name}"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for data in TARGETS[name].seeds():
+        (corpus / sha256(data).hexdigest()[:16]).write_bytes(data)
+
+    def read(data: bytes) -> None:
+        try_input(TARGETS[name], data)
+
+    options = [f"-max_total_time={int(seconds)}", f"-seed={seed}", "-rss_limit_mb=2048", f"-artifact_prefix={out}/"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], read)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all targets together")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--target", choices=sorted(TARGETS), action="append")
+    parser.add_argument("--out", type=Path, default=Path("out-fuzz"))
+    parser.add_argument("--atheris", action="store_true", help="guided by coverage; one target")
+    options = parser.parse_args()
+    names = options.target or list(TARGETS)
+    if options.atheris:
+        fuzz_guided(names[0], options.seconds, options.seed, options.out)
+        return
+    num_failures = sum(fuzz(name, options.seconds / len(names), options.seed, options.out) for name in names)
+    sys.exit(1 if num_failures else 0)
+
+
+if __name__ == "__main__":
+    main()
