@@ -76,9 +76,7 @@ class Loop:
             if self.drafts is not None:
                 self.drafts.seat(row, (name, sample_idx), known, max_length=num_prompt + NUM_NEW)
         self.storage.apply(plan)
-        logits = self.model.forward(
-            StepInputs.of_plan(plan, self.scheduler.block_tables[plan.rows], self.model.device)
-        )
+        logits = self.model.forward(StepInputs.of_plan(plan, self.scheduler.block_tables[plan.rows], self.model.device))
         rows, lengths = positions_of(plan)
         tokens = self.sampler.sample(logits, rows, lengths).token_ids
         outcome: Int32s | StepOutcome = tokens
