@@ -268,4 +268,4 @@ def _decode_request(fields: dict[str, Any], number: int) -> Request:
         salt = bytes.fromhex(fields["salt"])
         return Request(**{**fields, "prompt": prompt, "salt": salt, "extras": extras})
     except (KeyError, TypeError, ValueError) as error:
-        raise RecordingError(f"line {number}: expected a request, found a {type(error).__name__} in it") from None
+        raise RecordingError(f"line {number}: expected a request, found {type(error).__name__} in it") from None

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from pagedkv import CacheConfig, ExtraKey, KVCacheManager, SimulatedPrompt
+from pagedkv import CacheConfig, ExtraKey, InvariantViolation, KVCacheManager, SimulatedPrompt
 from pagedkv.eviction import make_policy
 from pagedkv.scheduler import (
     FCFS,
@@ -200,3 +200,53 @@ def test_a_recording_of_before_there_were_drafts_replays() -> None:
     ]
 
     assert [plan.num_tokens.tolist() for plan in replay_recording(lines)] == [[3], [1]]
+
+
+def test_a_bug_of_ours_is_raised_and_not_taken_for_a_call_that_failed_when_recorded(monkeypatch) -> None:
+    recording, _ = record()
+
+    def broken(*arguments: object) -> None:
+        raise InvariantViolation("I1", "planted")
+
+    monkeypatch.setattr(Scheduler, "add", broken)
+    with pytest.raises(InvariantViolation, match="I1: planted"):
+        list(replay_recording(recording))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("salt", 5, "expected a request, found TypeError in it"),
+        ("salt", "0g", "expected a request, found ValueError in it"),
+        ("extras", [[0, 1]], "expected a request, found ValueError in it"),
+        ("prompt", {"num_tokens": 3}, "expected a request, found KeyError in it"),
+        ("n", 2000, "expected a request, found InvalidArgumentError in it"),
+        ("nonsense", 1, "expected a request, found TypeError in it"),
+    ],
+)
+def test_a_request_that_cannot_have_been_recorded_is_refused_by_its_line(field, value, message) -> None:
+    recording, _ = record()
+    add = json.loads(recording[1])
+    add["request"][field] = value
+
+    with pytest.raises(RecordingError, match=f"line 2: {message}"):
+        list(replay_recording([recording[0], json.dumps(add), *recording[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cache", "text"),
+        ("cache", {"identity": 5}),
+        ("eviction", []),
+        ("scheduler", [1]),
+        ("policy", "FCFS"),
+        ("policy", 5),
+    ],
+)
+def test_a_header_that_describes_no_scheduler_is_refused(field, value) -> None:
+    header = json.loads(record()[0][0])
+    header[field] = value
+
+    with pytest.raises(RecordingError, match="line 1: the header does not describe a scheduler"):
+        list(replay_recording([json.dumps(header)]))

@@ -26,7 +26,7 @@ from pagedkv import (
 )
 from pagedkv.arrays import MAX_TOKENS, as_int, as_token_ids
 from pagedkv.block_keys import as_extras, root_key
-from pagedkv.scheduler import RecordingError, Request, SchedulerConfig, replay_recording
+from pagedkv.scheduler import Cheaper, Priority, RecordingError, Request, SchedulerConfig, replay_recording
 from pagedkv.simulations.run_records import read_header
 
 NOTHING = CacheIdentity()
@@ -126,6 +126,12 @@ HOSTILE: dict[str, Callable[[], object]] = {
     "items without an end": lambda: as_extras(itertools.repeat(ExtraKey(0, 1, b"x"))),
     "content ids as many as 2^40": lambda: SimulatedPrompt(16, range(2**40), 16),
     "stop tokens as many as 2^40": lambda: request(stop_token_ids=range(2**40)),
+    "stop tokens as many as 2^70": lambda: request(stop_token_ids=range(2**70)),
+    "tokens as many as 2^70": lambda: as_token_ids("prompt", range(2**70)),
+    "an ageing beyond floats": lambda: Priority(10**400),
+    "an ageing of text": lambda: Priority("fast"),
+    "a cost beyond floats": lambda: Cheaper(1.0, 10**400),
+    "a cost of text": lambda: Cheaper("dear", 1.0),
     "an integer of a million digits": lambda: as_int("n", 10**1_000_000, at_least=0, at_most=1),
     "a negative one": lambda: as_int("n", -(10**5000), at_least=0, at_most=1),
     "a long text for a number": lambda: as_int("n", "9" * 1_000_000, at_least=0, at_most=1),
