@@ -130,8 +130,10 @@ class BlockPool:
         Raises BlockStateError, pool unchanged, for unknown ids, ids named twice, and free blocks.
         """
         block_ids = self._check_ids(block_ids)
+        if not len(block_ids):
+            return
         before = self._state[block_ids]
-        if len(before) and int(np.minimum.reduce(before)) == 0:
+        if int(np.minimum.reduce(before)) == 0:
             raise BlockStateError(f"blocks {block_ids[before == 0].tolist()} are free: there is nothing to share")
         unheld = block_ids[before == NAMED]
         if len(unheld):
@@ -147,8 +149,10 @@ class BlockPool:
         Raises BlockStateError, pool unchanged, for unknown ids, ids named twice, and blocks without a holder.
         """
         block_ids = self._check_ids(block_ids)
+        if not len(block_ids):
+            return
         before = self._state[block_ids]
-        if len(before) and int(np.minimum.reduce(before)) < HOLDER:
+        if int(np.minimum.reduce(before)) < HOLDER:
             raise BlockStateError(f"blocks {block_ids[before < HOLDER].tolist()} have no holder: released twice?")
         self._state[block_ids] = before - HOLDER
         free = block_ids[before == HOLDER]

@@ -192,24 +192,19 @@ class KVCacheManager:
         _check_hashable(sequence_id)
         if sequence_id in self._row_of:
             raise DuplicateIdError(f"sequence {shown(sequence_id)} is open already")
+        memory = self.memory
         if isinstance(prompt, PrefixHit):
             if salt or adapter is not None or tuple(extras):
                 raise InvalidArgumentError("a prefix hit takes no salt, adapter or extras: its lookup had them")
-            hit = prompt
+            num_known, block_ids = prompt.num_known, prompt.block_ids
+            row = self._adopt(prompt)
         else:
-            hit = self.lookup(prompt, salt=salt, adapter=adapter, extras=extras)
-        hit.take_over(self)
-        try:
-            row = self.memory.adopt(hit.content, hit.num_known, hit.block_ids)
-        except BaseException:
-            hit.return_to(self)
-            if hit is not prompt:
-                hit.drop()
-            raise
-        del self._pinned[id(hit)]
-        self.memory.counters.record(hit.num_known, len(hit.block_ids), self.config.block_size)
+            content, num_known = self.make_content(prompt, salt=salt, adapter=adapter, extras=extras)
+            block_ids = memory.hit_blocks(content, memory.num_hit_blocks(content, num_known))
+            row = memory.open(content, num_known, block_ids)
+        memory.counters.record(num_known, len(block_ids), self.config.block_size)
         self._row_of[sequence_id] = row
-        return hit.num_tokens
+        return len(block_ids) * self.config.block_size
 
     def close(self, sequence_id: Hashable) -> None:
         """End a sequence, swapped out or not. Its named blocks stay in the cache until they are evicted. O(blocks)."""
@@ -229,15 +224,15 @@ class KVCacheManager:
         num_tokens = as_int("num_tokens", num_tokens, at_least=0, at_most=num_known - start)
         if num_tokens == 0:  # Nothing is written, so a shared tail need not be copied.
             return Appended(np.empty(0, np.int64), NO_COPIES)
-        rows = np.array([row])
         # What is named here belongs to no step of a scheduler that may be planning on the same memory.
         paused = memory.naming.pause()
-        copies = memory.try_append(rows, np.array([num_tokens]))
-        memory.naming.resume(paused)
+        try:
+            copies = memory.try_append_run(row, num_tokens)
+        finally:
+            memory.naming.resume(paused)
         if copies is None:
             return None
-        positions = np.arange(start, start + num_tokens)
-        return Appended(memory.sequences.slots(np.full(num_tokens, row), positions), copies)
+        return Appended(memory.sequences.slots_of_run(row, start, start + num_tokens), copies)
 
     def append(self, sequence_id: Hashable, num_tokens: int) -> Appended:
         """As `try_append`, but raises OutOfBlocksError, with nothing changed, if blocks are short."""
@@ -260,9 +255,7 @@ class KVCacheManager:
             raise InvalidArgumentError("a sequence of real tokens is extended by their ids, found a number")
         tokens = as_token_ids("token_ids", token_ids)
         as_int("tokens", num_known + len(tokens), at_least=1, at_most=MAX_TOKENS)
-        one_row = np.array([row])
-        for i in range(len(tokens)):
-            self.memory.extend(one_row, tokens[i : i + 1])
+        self.memory.extend_run(row, tokens)
 
     def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
         """Begin a sequence that shares all blocks of another; whoever writes into a shared block first copies it. O(blocks)."""
@@ -362,6 +355,17 @@ class KVCacheManager:
         row = self.row(sequence_id)
         if row in self.memory.host_blocks:
             raise InvalidArgumentError(f"sequence {sequence_id!r} is swapped out: swap it in first")
+        return row
+
+    def _adopt(self, hit: PrefixHit) -> int:
+        """Make a row that takes over the hit's pin."""
+        hit.take_over(self)
+        try:
+            row = self.memory.adopt(hit.content, hit.num_known, hit.block_ids)
+        except BaseException:
+            hit.return_to(self)
+            raise
+        del self._pinned[id(hit)]
         return row
 
     def _drop(self, hit: PrefixHit) -> None:

@@ -119,6 +119,12 @@ class PrefixCache:
         key: Key | None = self._key_of[block_id] if self._pool.is_named(np.array([block_id]))[0] else None
         return key
 
+    def keys_of(self, block_ids: BlockIds) -> list[Key | None]:
+        """The name of each block, None where it has none. O(n)."""
+        keys = np.where(self._pool.is_named(block_ids), self._key_of[block_ids], None)
+        named: list[Key | None] = keys.tolist()
+        return named
+
     def unname(self, block_ids: BlockIds) -> None:
         """Forget the names of these named blocks; the caller makes sure that nothing named continues them. O(n)."""
         self._forget(block_ids)

@@ -160,6 +160,17 @@ class RowMemory:
                     content.write(int(table.num_known[row]) + 1 - self.block_size, table.tails[row])
         table.num_known[rows] = known + 1
 
+    def extend_run(self, row: int, token_ids: Int32s) -> None:
+        """As `extend` for many tokens of one row. O(n)."""
+        table = self.sequences
+        content, num_known = table.content(row), int(table.num_known[row])
+        num_after = num_known + len(token_ids)
+        if isinstance(content, TokenContent):
+            self.sync_content(row)
+            content.write(num_known, token_ids)
+            self._load_tail(row, content, num_after)
+        table.num_known[row] = num_after
+
     def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s | int) -> Int64s:
         """Blocks that `try_append` would take for each row, copies on write not counted, (n,) int64."""
         table = self.sequences
@@ -220,9 +231,9 @@ class RowMemory:
 
     def try_append_run(self, row: int, num_tokens: int) -> BlockCopies | None:
         """As `try_append` for many tokens of one row: a chunk of a prompt."""
-        if self.shared_tails.num_marked:
-            return self.try_append(np.array([row]), np.array([num_tokens]))
         table, block_size = self.sequences, self.block_size
+        if table.has_shared_tail[row]:
+            return self.try_append(np.array([row]), np.array([num_tokens]))
         start, held = int(table.num_computed[row]), int(table.num_blocks[row])
         stop = start + num_tokens
         total = cdiv(stop, block_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, packed_runs
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv, packed_runs
 from pagedkv.content import Content, SimulatedContent
 from pagedkv.errors import InvariantViolation
 
@@ -146,6 +146,14 @@ class SequenceTable:
         block_idx = positions // block_size
         slots: Int64s = self.blocks_at(rows, block_idx) * block_size + (positions - block_idx * block_size)
         return slots
+
+    def slots_of_run(self, row: int, start: int, stop: int) -> Int64s:
+        """Slots of tokens `start` to `stop - 1` of one row, (stop - start,) int64. O(n)."""
+        block_size = self.block_size
+        first = start // block_size
+        firsts = self.block_tables[row, first : cdiv(stop, block_size)].astype(np.int64) * block_size
+        slots: Int64s = (firsts[:, None] + np.arange(block_size)).ravel()
+        return slots[start - first * block_size : stop - first * block_size]
 
     def _grow_rows(self) -> None:
         old, new = len(self.contents), 2 * len(self.contents)

@@ -51,7 +51,7 @@ class AllocatorTrial(CheckedCalls):
             self.fail("I1", f"open({sequence_id!r}) hit {num_hit} tokens and holds blocks {blocks}")
         model.hold(blocks)
         self._adopt(sequence_id, sequence, blocks, num_hit)
-        self.count(("open", num_hit, tuple(blocks)), sequence_id)
+        self.count(("open", num_hit, tuple(blocks)))
 
     def close(self, sequence_id: Hashable) -> None:
         """Close a sequence; its blocks must be available again, those with names still hit."""
@@ -114,7 +114,7 @@ class AllocatorTrial(CheckedCalls):
         slots, copies = self.succeed(call)
         slots, copies = list(slots), [tuple(pair) for pair in copies]
         self._follow_append(sequence_id, sequence, num_tokens, (slots, copies))
-        self.count(("append", tuple(slots), tuple(copies)), sequence_id)
+        self.count(("append", tuple(slots), tuple(copies)))
 
     def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
         """Share every block of a sequence."""
@@ -221,7 +221,7 @@ class AllocatorTrial(CheckedCalls):
         sequence.host_blocks, sequence.blocks = None, blocks
         self._count_named(sequence)
         model.name_filled(sequence, sequence.num_named)
-        self.count(("swap_in", tuple(copies), tuple(blocks)), sequence_id)
+        self.count(("swap_in", tuple(copies), tuple(blocks)))
 
     # Many calls
 
@@ -323,7 +323,7 @@ class AllocatorTrial(CheckedCalls):
         model.take(blocks[num_kept:])
         self._adopt(call[1], sequence, blocks, num_hit)
         self._write(sequence, num_hit, num_tokens)
-        self.count(("open", num_hit, tuple(blocks)), call[1])
+        self.count(("open", num_hit, tuple(blocks)))
 
     def _adopt(self, sequence_id: Hashable, sequence: ModelSequence, blocks: list[int], num_hit: int) -> None:
         """Enter a sequence whose first tokens were hit; the blocks must hold them."""

@@ -118,11 +118,13 @@ class CheckedCalls:
     # What nothing may change
 
     def snapshot(self) -> object:
-        """All that can be seen from outside, and the allocator's own state if it shows that."""
+        """The numbers of free blocks; where a recount is due, all tables, and the allocator's own state if it shows that."""
         allocator = self.allocator
-        tables = [list(allocator.block_table(sequence_id)) for sequence_id in self.model.sequences]
         num_free_host = allocator.num_free_host() if self.model.num_host_blocks else 0
-        return tables, allocator.num_free(), num_free_host, self._own_state() if self._own_state is not None else None
+        if (self.num_calls + 1) % self.check_every:
+            return allocator.num_free(), num_free_host
+        tables = [list(allocator.block_table(sequence_id)) for sequence_id in self.model.sequences]
+        return allocator.num_free(), num_free_host, tables, self._own_state() if self._own_state is not None else None
 
     def unchanged(self, before: object, invariant: str, what: str) -> None:
         """Compare with what a snapshot showed."""
@@ -148,17 +150,22 @@ class CheckedCalls:
     def compare_free(self, verb: str) -> None:
         """Free blocks of both tiers as the allocator counts them, against the blocks that no table names. O(1)."""
         model = self.model
-        tiers = [("device", self.allocator.num_free(), model.num_free)]
+        num_free = self.allocator.num_free()
+        if num_free != model.num_free:
+            self._fail_free(verb, "device", num_free, model.num_free)
         if model.num_host_blocks:
-            tiers.append(("host", self.allocator.num_free_host(), model.num_free_host))
-        for tier, found, expected in tiers:
-            if found != expected:
-                what = f"{found} {tier} blocks are free after {self.log[-1]}, the tables leave {expected}"
-                self.compare_tables()
-                invariant = "I9" if verb == "close" else "I2"
-                if found > expected and tier == "device" and self._hands_out_held_blocks(found):
-                    invariant = "I1"
-                self.fail(invariant, what)
+            num_free_host = self.allocator.num_free_host()
+            if num_free_host != model.num_free_host:
+                self._fail_free(verb, "host", num_free_host, model.num_free_host)
+
+    def _fail_free(self, verb: str, tier: str, found: int, expected: int) -> NoReturn:
+        """Say which invariant a wrong number of free blocks breaks."""
+        what = f"{found} {tier} blocks are free after {self.log[-1]}, the tables leave {expected}"
+        self.compare_tables()
+        invariant = "I9" if verb == "close" else "I2"
+        if found > expected and tier == "device" and self._hands_out_held_blocks(found):
+            invariant = "I1"
+        self.fail(invariant, what)
 
     def compare_tables(self) -> None:
         """Every table against the model's. O(blocks held)."""

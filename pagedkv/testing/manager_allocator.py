@@ -82,25 +82,19 @@ class ManagerAllocator:
         """All that the manager knows, as plain values."""
         memory, table = self.manager.memory, self.manager.memory.sequences
         pools = [
-            (pool.order(), pool.counts(ids).tolist(), pool.is_named(ids).tolist())
-            for pool in (memory.pool, memory.host_pool)
-            for ids in (np.arange(pool.num_blocks),)
+            (pool.order(), pool.counts(np.arange(pool.num_blocks)).tolist()) for pool in (memory.pool, memory.host_pool)
         ]
-        rows = [
-            (
-                row,
-                int(table.num_known[row]),
-                int(table.num_computed[row]),
-                int(table.num_named[row]),
-                bool(table.has_shared_tail[row]),
-                table.blocks(row).tolist(),
-                memory.host_blocks[row].tolist() if row in memory.host_blocks else None,
-            )
-            for row in np.flatnonzero(table.is_live).tolist()
+        live = table.is_live.nonzero()[0]
+        columns = (table.num_known, table.num_computed, table.num_blocks, table.num_named, table.has_shared_tail)
+        rows = [live.tolist(), *(column[live].tolist() for column in columns)]
+        width = int(table.num_blocks[live].max(initial=0))
+        held = [
+            block_ids[:num_blocks]
+            for block_ids, num_blocks in zip(table.block_tables[live, :width].tolist(), rows[3], strict=True)
         ]
-        named = np.flatnonzero(memory.pool.is_named(np.arange(memory.pool.num_blocks))).tolist()
-        keys = [(block_id, memory.cache.key_of(block_id)) for block_id in named]
-        return pools, rows, keys, replace(memory.counters)
+        on_host = {row: block_ids.tolist() for row, block_ids in memory.host_blocks.items()}
+        keys = memory.cache.keys_of(np.arange(memory.pool.num_blocks))
+        return pools, rows, held, on_host, keys, replace(memory.counters)
 
 
 def pairs(copies: BlockCopies) -> Copies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -40,7 +41,7 @@ class RandomOperations:
         always = (self.open_prompt, self.decode)
         weights = self._weights()
         self.kinds = [kind for kind in weights if kind in always or random.random() < 0.75]
-        self.weights = [weights[kind] for kind in self.kinds]
+        self.cum_weights = list(accumulate(weights[kind] for kind in self.kinds))
 
     def _weights(self) -> dict[Callable[[], Iterator[Operation]], int]:
         """How often each kind is drawn; kinds that the allocator is not capable of are left out."""
@@ -66,7 +67,7 @@ class RandomOperations:
 
     def draw(self) -> Iterator[Operation]:
         """The next few calls. Each must be carried out before the next one is asked for."""
-        return self.random.choices(self.kinds, self.weights)[0]()
+        return self.random.choices(self.kinds, cum_weights=self.cum_weights)[0]()
 
     # Picking
 

@@ -23,8 +23,7 @@ def state_digest(manager: KVCacheManager) -> str:
         ids = np.arange(pool.num_blocks)
         digest.update(pool.counts(ids).tobytes() + pool.is_named(ids).tobytes())
         digest.update(repr((pool.num_free, pool.num_evictable, sorted(pool.order()))).encode())
-    names = [(block_id, memory.cache.key_of(block_id)) for block_id in range(memory.pool.num_blocks)]
-    digest.update(repr(names).encode())
+    digest.update(repr(memory.cache.keys_of(np.arange(memory.pool.num_blocks))).encode())
     for row in np.flatnonzero(table.is_live).tolist():
         columns = (table.num_known, table.num_computed, table.num_blocks, table.num_drafts, table.num_named)
         digest.update(repr((row, [int(column[row]) for column in columns], table.has_shared_tail[row])).encode())

@@ -66,6 +66,20 @@ def test_a_run_of_a_fork_is_copied_on_write(manager: KVCacheManager) -> None:
     assert manager.block_table("b").tolist() == [1, 2]
 
 
+def test_many_tokens_at_once_make_known_what_one_by_one_does() -> None:
+    manager = KVCacheManager(CacheConfig(num_blocks=8, block_size=3))
+    memory = manager.memory
+    manager.open("a", [1, 2])
+    row = manager.row("a")
+    memory.extend(np.array([row]), np.array([3], np.int32))
+    memory.extend(np.array([row]), np.array([4], np.int32))
+    memory.extend_run(row, np.array([5], np.int32))
+    memory.extend_run(row, np.array([6, 7, 8, 9, 10], np.int32))
+    memory.extend(np.array([row]), np.array([11], np.int32))
+    known = memory.token_ids(np.array([row]), np.array([0]), np.array([11]))
+    assert known.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
 def test_a_run_of_a_duplicate_names_nothing(manager: KVCacheManager) -> None:
     for sequence_id in ("a", "b"):
         manager.open(sequence_id, [1, 2, 3, 4])

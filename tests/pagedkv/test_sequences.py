@@ -58,3 +58,11 @@ def test_a_slot_is_block_times_size_plus_offset() -> None:
     first, second = add(table, 5, 3), add(table, 2)
     rows = np.array([first, first, second, first])
     assert table.slots(rows, np.array([0, 7, 3, 4])).tolist() == [20, 15, 11, 12]
+
+
+def test_slots_of_a_run_begin_and_end_in_the_middle_of_blocks() -> None:
+    table = SequenceTable(block_size=4)
+    row = table.add(None, 12, np.array([7, 2, 5]), 0)
+    assert table.slots_of_run(row, 3, 9).tolist() == [31, 8, 9, 10, 11, 20]
+    assert table.slots_of_run(row, 4, 8).tolist() == [8, 9, 10, 11]
+    assert table.slots_of_run(row, 6, 7).tolist() == [10]
