@@ -24,6 +24,18 @@ NAMED = 1
 HOLDER = 2
 
 
+def extremes(values: Int32s) -> tuple[int, int]:
+    """The lowest and the highest of some numbers, at least one. O(n).
+
+    >>> extremes(np.array([2, 5, 3], np.int32))
+    (2, 5)
+    """
+    if len(values) <= 32:  # Python's own containers beat array operations on few numbers.
+        few = values.tolist()
+        return min(few), max(few)
+    return int(np.minimum.reduce(values)), int(np.maximum.reduce(values))
+
+
 class BlockPool:
     """`num_blocks` blocks, each *used* (count > 0), *evictable* (count 0, named in the prefix cache) or *free*.
 
@@ -133,11 +145,11 @@ class BlockPool:
         if not len(block_ids):
             return
         before = self._state[block_ids]
-        if int(np.minimum.reduce(before)) == 0:
+        lowest, highest = extremes(before)
+        if lowest == 0:
             raise BlockStateError(f"blocks {block_ids[before == 0].tolist()} are free: there is nothing to share")
-        unheld = block_ids[before == NAMED]
-        if len(unheld):
-            self.policy.remove(unheld)
+        if lowest == NAMED:
+            self.policy.remove(block_ids if highest == NAMED else block_ids[before == NAMED])
         self._state[block_ids] = before + HOLDER
         if self.policy.tracks_names:
             self.policy.on_hit(block_ids)
@@ -152,18 +164,17 @@ class BlockPool:
         if not len(block_ids):
             return
         before = self._state[block_ids]
-        if int(np.minimum.reduce(before)) < HOLDER:
+        lowest, highest = extremes(before)
+        if lowest < HOLDER:
             raise BlockStateError(f"blocks {block_ids[before < HOLDER].tolist()} have no holder: released twice?")
         self._state[block_ids] = before - HOLDER
-        free = block_ids[before == HOLDER]
-        if len(free):
-            # The deepest comes first, so pushing in this order lets runs go out again in ascending order,
-            # which is what keeps later copies and swaps mergeable.
-            self._free[self._num_free : self._num_free + len(free)] = free
-            self._num_free += len(free)
-        unheld = block_ids[before == HOLDER + NAMED]
-        if len(unheld):
-            self.policy.add(unheld)
+        # Mostly all of them are private, or all are cached: then there is nothing to pick out.
+        if lowest == HOLDER:
+            self._free_up(block_ids if highest == HOLDER else block_ids[before == HOLDER])
+        if lowest <= HOLDER + NAMED <= highest:
+            unheld = block_ids if lowest == highest else block_ids[before == HOLDER + NAMED]
+            if len(unheld):
+                self.policy.add(unheld)
 
     def name(self, block_ids: BlockIds) -> None:
         """Note that the prefix cache now knows these blocks, all of them held and not yet named. O(n)."""
@@ -175,8 +186,7 @@ class BlockPool:
         unheld = block_ids[before == NAMED]
         if len(unheld):
             self.policy.remove(unheld)
-            self._free[self._num_free : self._num_free + len(unheld)] = unheld
-            self._num_free += len(unheld)
+            self._free_up(unheld)
         self._state[block_ids] = before - NAMED
         if self.policy.tracks_names:
             self.policy.on_unname(block_ids)
@@ -209,6 +219,13 @@ class BlockPool:
         if num_free and self._state[self._free[num_free - 1]]:
             raise InvariantViolation("I2", f"block {self._free[num_free - 1]} is free, but has a holder or a name")
 
+    def _free_up(self, block_ids: BlockIds) -> None:
+        # The deepest comes first, so pushing in this order lets runs go out again in ascending order,
+        # which is what keeps later copies and swaps mergeable.
+        num_free = self._num_free + len(block_ids)
+        self._free[self._num_free : num_free] = block_ids
+        self._num_free = num_free
+
     def _evict(self, num_blocks: int) -> BlockIds:
         block_ids = self.policy.evict(num_blocks)
         if self.on_evict is not None:
@@ -222,7 +239,7 @@ class BlockPool:
         num = len(block_ids)
         if num == 0:
             return NO_BLOCKS
-        if num <= 128:  # Python's own containers beat array operations on few ids.
+        if num <= 128:  # As in `extremes`.
             ids = set(block_ids.tolist())
             num_distinct, lowest, highest = len(ids), min(ids), max(ids)
         else:
