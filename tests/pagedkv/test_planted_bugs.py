@@ -54,11 +54,14 @@ BUGS = {
     "an exact fit is refused": Bug(
         BlockPool, "try_allocate", "num_blocks > num_free + len(self.policy)", "num_blocks >= num_free + len(self.policy)"
     ),
-    "a freed run goes out in descending order": Bug(BlockPool, "release", "+ len(free)] = free", "+ len(free)] = free[::-1]"),
+    "a freed run goes out in descending order": Bug(BlockPool, "_free_up", "] = block_ids", "] = block_ids[::-1]"),
     "a new holder is not counted": Bug(BlockPool, "acquire", "before + HOLDER", "before"),
-    "a hit block stays evictable": Bug(BlockPool, "acquire", "self.policy.remove(unheld)", "pass"),
+    "a hit block stays evictable": Bug(BlockPool, "acquire", "if lowest == NAMED:", "if False:"),
     "a named block is freed at once": Bug(
-        BlockPool, "release", "free = block_ids[before == HOLDER]", "free = block_ids[before <= HOLDER + NAMED]"
+        BlockPool,
+        "release",
+        "highest == HOLDER else block_ids[before == HOLDER]",
+        "highest <= HOLDER + NAMED else block_ids[before <= HOLDER + NAMED]",
     ),
     "eviction goes from the newest": Bug(
         LRU,
@@ -126,9 +129,14 @@ BUGS = {
     "single tokens are written into shared tails": Bug(
         RowMemory, "try_append_single", "if self.shared_tails.num_marked:", "if False:"
     ),
-    "a run is written into a shared tail": Bug(RowMemory, "try_append_run", "if self.shared_tails.num_marked:", "if False:"),
+    "a run is written into a shared tail": Bug(
+        RowMemory, "try_append_run", "if table.has_shared_tail[row]:", "if False:"
+    ),
     "a run off the named chain is named": Bug(
         RowMemory, "try_append_run", "last > first == table.num_named[row]", "last > first"
+    ),
+    "the tail of a run is forgotten": Bug(
+        RowMemory, "extend_run", "self._load_tail(row, content, num_after)", "pass"
     ),
     # Swapping
     "swapped in reversed": Bug(
