@@ -103,14 +103,18 @@ class RowMemory:
             start = (num_known - 1) // self.block_size * self.block_size
             self.sequences.tails[row, : num_known - start] = content.token_ids(start, num_known)
 
+    def last_token_ids(self, rows: Rows, positions: Int64s) -> Int32s:
+        """The last known token of each row, which stands at `positions[i]`, (n,) int32. O(n)."""
+        last: Int32s = self.sequences.tails[rows, positions % self.block_size]
+        return last
+
     def token_ids(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> Int32s:
         """Known tokens `starts[i]` to `starts[i] + num_tokens[i] - 1` of each row, packed. O(tokens)."""
         table = self.sequences
         packed = np.empty(int(np.add.reduce(num_tokens)), np.int32)
         is_tail = starts + num_tokens == table.num_known[rows]
         if len(packed) == len(rows) and is_tail.all():
-            last: Int32s = table.tails[rows, starts % self.block_size]
-            return last
+            return self.last_token_ids(rows, starts)
         stops = np.cumsum(num_tokens)
         single = (num_tokens == 1) & is_tail
         packed[stops[single] - 1] = table.tails[rows[single], starts[single] % self.block_size]
@@ -148,17 +152,30 @@ class RowMemory:
     # Growing
 
     def extend(self, rows: Rows, token_ids: Int32s | None) -> None:
-        """Append one known token to each row; None where only names are simulated. O(n), plus hashing nothing yet."""
+        """Append one known token to each row; None where only names are simulated. O(n), and hashing of full blocks."""
         table = self.sequences
         known = table.num_known[rows]
         if token_ids is not None:
             offsets = known % self.block_size
             table.tails[rows, offsets] = token_ids
-            for row in rows[offsets == self.block_size - 1].tolist():
-                content = table.content(row)
-                if isinstance(content, TokenContent):
-                    content.write(int(table.num_known[row]) + 1 - self.block_size, table.tails[row])
+            filled = (offsets == self.block_size - 1).nonzero()[0]
+            if len(filled):
+                self._store_blocks(rows[filled], known[filled] // self.block_size)
         table.num_known[rows] = known + 1
+
+    def _store_blocks(self, rows: Rows, block_idx: Int64s) -> None:
+        """Write the blocks that the last known tokens fill into the contents of their rows. O(blocks)."""
+        table = self.sequences
+        packed = table.tails[rows].tobytes()
+        size = len(packed) // len(rows)
+        # A row that left the named chain names nothing more, so nothing is hashed for it.
+        is_hashed = (table.num_named[rows] == block_idx) & self.caches_prefixes
+        first = 0
+        for row, idx, hashed in zip(rows.tolist(), block_idx.tolist(), is_hashed.tolist(), strict=True):
+            content = table.content(row)
+            if isinstance(content, TokenContent):
+                content.write_block(idx, packed[first : first + size], is_hashed=hashed)
+            first += size
 
     def extend_run(self, row: int, token_ids: Int32s) -> None:
         """As `extend` for many tokens of one row. O(n)."""

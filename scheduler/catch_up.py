@@ -19,9 +19,12 @@ NO_ROWS = np.empty(0, np.int64)
 
 
 class CatchUp:
-    """Gives the running rows their tokens and blocks, preempting until the blocks suffice."""
+    """Gives the running rows their tokens and blocks, preempting until the blocks suffice.
 
-    __slots__ = ("_admission", "_config", "_memory", "_queue", "_running", "_shortage")
+    `is_decode`: whether every row that was planned last computes one token, its last known one.
+    """
+
+    __slots__ = ("_admission", "_config", "_memory", "_queue", "_running", "_shortage", "is_decode")
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class CatchUp:
         self._running = running
         self._admission = admission
         self._shortage = shortage
+        self.is_decode = False
 
     def plan(self, *, now: float, step: int) -> tuple[Rows, Int64s, Int64s, BlockCopies]:
         """Rows, first position and number of tokens of each, and the copies to make first; in order of admission.
@@ -47,6 +51,7 @@ class CatchUp:
         """
         memory = self._memory
         table = memory.sequences
+        self.is_decode = False
         while True:
             rows = self._running.rows
             if not len(rows):
@@ -54,7 +59,8 @@ class CatchUp:
             starts = table.num_computed[rows]
             num_tokens = table.num_known[rows] - starts
             num_wanted = int(np.add.reduce(num_tokens))
-            if num_wanted == len(rows):
+            self.is_decode = num_wanted == len(rows)
+            if self.is_decode:
                 copies = memory.try_append_single(rows, starts)
             else:
                 # Something more than a decode is under way, so the blocks that it names may let a waiting request in.

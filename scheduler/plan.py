@@ -19,13 +19,25 @@ __all__ = ["PlanDrafts", "Seat", "StepPlan"]
 class PlanInputs:
     """The packed arrays of a plan, made when first asked for: a simulator never asks."""
 
-    __slots__ = ("is_single", "is_stale", "memory", "query_start_loc", "slot_mapping", "token_ids")
+    __slots__ = (
+        "is_decode",
+        "is_single",
+        "is_stale",
+        "memory",
+        "query_start_loc",
+        "seq_lens",
+        "slot_mapping",
+        "token_ids",
+    )
 
-    def __init__(self, memory: RowMemory) -> None:
+    def __init__(self, memory: RowMemory, *, is_decode: bool = False) -> None:
         self.memory = memory
         self.is_stale = False
-        self.is_single: bool | None = None
+        self.is_decode = is_decode
+        """Whether it is known that every row computes one token, its last known one."""
+        self.is_single: bool | None = True if is_decode else None
         """Whether every row computes one token, as in decoding; None until somebody asks."""
+        self.seq_lens: Int64s | None = None
         self.query_start_loc: Int32s | None = None
         self.slot_mapping: Int64s | None = None
         self.token_ids: Int32s | None = None
@@ -96,7 +108,10 @@ class StepPlan:
     @property
     def seq_lens(self) -> Int64s:
         """(n,) int64: context length of each row after this step."""
-        return self.starts + self.num_tokens
+        inputs = self.inputs
+        if inputs.seq_lens is None:
+            inputs.seq_lens = self.starts + self.num_tokens
+        return inputs.seq_lens
 
     @property
     def query_start_loc(self) -> Int32s:
@@ -152,7 +167,9 @@ class StepPlan:
         inputs = self.inputs
         if inputs.token_ids is None:
             memory = inputs.require_fresh()
-            if self.drafts is None:
+            if inputs.is_decode:
+                inputs.token_ids = memory.last_token_ids(self.rows, self.starts)
+            elif self.drafts is None:
                 inputs.token_ids = memory.token_ids(self.rows, self.starts, self.num_tokens)
             else:
                 inputs.token_ids = self._token_ids_with(self.drafts, memory)

@@ -27,6 +27,11 @@ class Sampling:
         self._kinds = kinds
         self.forked: list[tuple[Sample, Sample]] = []
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row that catches up needs one token: no sample is about to fork, and none wants no token. O(1)."""
+        return not self._kinds.num_prefill_only and not self._running.unforked
+
     def choose(self, rows: Rows, stops: Int64s) -> tuple[Rows, Int64s]:
         """Rows that need a token: those that catch up with what is known and are not at their end. Forks samples.
 

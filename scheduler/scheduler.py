@@ -38,13 +38,14 @@ __all__ = ["Scheduler"]
 
 NO_GRANTS = Grants()
 CHANGING_VERBS = ("add", "abort", "schedule", "update", "fail", "leap")
+NUMBERS = (float, int, np.integer, np.floating)
 NOTHING_CAUGHT_UP = (NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES)
 
 
 def _require_time(now: float) -> None:
     """Raise InvalidArgumentError unless `now` is a finite number: places in the queue and event logs depend on it."""
     # Written so that NaN, which compares false with everything, and whole numbers beyond floats are refused as well.
-    if not isinstance(now, float | int | np.integer | np.floating) or not abs(now) <= sys.float_info.max:
+    if not isinstance(now, NUMBERS) or not abs(now) <= sys.float_info.max:
         raise InvalidArgumentError(f"now must be a finite number of seconds, found {shown(now)}")
 
 
@@ -221,7 +222,11 @@ class Scheduler:
                 starts = np.concatenate((starts, np.array(grants.starts)))
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
                 copies += grants.copies
-        sampling_rows, sources = self._sampling.choose(rows, starts + num_tokens)
+        is_decode = self._catch_up.is_decode and not grants.rows
+        if is_decode and self._sampling.is_plain:
+            sampling_rows, sources = rows, np.arange(len(rows))
+        else:
+            sampling_rows, sources = self._sampling.choose(rows, starts + num_tokens)
         granted = None
         if guesses is not None and not self._shortage.preempted:
             forking = {first.row for first, _ in self._sampling.forked}
@@ -241,7 +246,7 @@ class Scheduler:
             swaps_out=self._shortage.swaps_out,
             copies=copies,
             swaps_in=grants.swaps_in,
-            inputs=PlanInputs(self._memory),
+            inputs=PlanInputs(self._memory, is_decode=is_decode and granted is None),
             drafts=granted,
         )
 
@@ -390,7 +395,7 @@ class Scheduler:
 
     def _collect(self, computed_rows: Rows, new: NewTokens, now: float) -> StepEvents:
         """End the samples that have all their tokens, or a stop; tell what came of the step."""
-        samples = self._running.samples[new.rows]
+        seated = self._running.lend_samples()
         finished = ended_samples(self._memory, self._running, self._kinds, computed_rows=computed_rows, new=new)
         step = self._step - 1
         for sample, reason in finished:
@@ -399,7 +404,7 @@ class Scheduler:
             request_id, idx = sample.request.request_id, sample.sample_idx
             self._events.append(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))
         self._deliver()
-        return StepEvents(step, new.rows, new.token_ids, samples, tuple(finished), new.num_tokens)
+        return StepEvents(step, new.rows, new.token_ids, seated, tuple(finished), new.num_tokens)
 
     def _end(self, sample: Sample) -> None:
         self._leave(sample)

@@ -29,7 +29,7 @@ class StepEvents:
 
     rows:       (s,) int64, rows that got tokens
     token_ids:  (t,) int32, packed row after row, or None where tokens are only simulated
-    samples:    (s,) object, whose rows they are
+    seated:     (rows,) object, by row of the tables: the sample that had it
     finished:   samples that ended, with the reason
     num_tokens: (s,) int64, how many tokens each row got: those behind a stop token are dropped; None: one each
     """
@@ -37,9 +37,15 @@ class StepEvents:
     step: int
     rows: Rows
     token_ids: Int32s | None = field(repr=False)
-    samples: NDArray[np.object_]
+    seated: NDArray[np.object_] = field(repr=False)
     finished: tuple[tuple[Sample, str], ...]
     num_tokens: Int64s | None = None
+
+    @property
+    def samples(self) -> NDArray[np.object_]:
+        """(s,) object: whose the `rows` are. O(s)."""
+        samples: NDArray[np.object_] = self.seated[self.rows]
+        return samples
 
     @property
     def outputs(self) -> list[Output]:

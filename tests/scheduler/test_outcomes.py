@@ -36,6 +36,17 @@ def test_a_row_that_the_engine_stops_finishes_with_this_token_and_its_siblings_g
     scheduler.check_invariants()
 
 
+def test_what_came_of_a_step_stays_when_its_rows_have_gone_to_others() -> None:
+    scheduler = make_scheduler(Request("a", [1, 2, 3], 1), Request("b", [4, 5], 2))
+    events = scheduler.update(scheduler.schedule(0.0), [7, 8], 0.0)
+    scheduler.add(Request("c", [6], 1), 1.0)
+
+    later = scheduler.update(scheduler.schedule(1.0), [9, 10], 1.0)
+
+    assert [tuple(output) for output in events.outputs] == [("a", 0, 7, "length"), ("b", 0, 8, None)]
+    assert [tuple(output) for output in later.outputs] == [("b", 0, 9, "length"), ("c", 0, 10, "length")]
+
+
 def test_a_request_whose_samples_are_all_stopped_is_over() -> None:
     scheduler = make_scheduler(Request("a", [1, 2, 3], 5, n=2))
 
