@@ -1,5 +1,6 @@
 """Who runs in the next step, with how many tokens: admission, chunked prefill, preemption. No clock, no tensors."""
 
+from pagedkv.scheduler.bounds import steps_to_serve
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.drafts import DraftCounters
 from pagedkv.scheduler.events import Event, EventLog, EventSink
@@ -43,4 +44,5 @@ __all__ = [
     "Swap",
     "VictimPolicy",
     "replay_recording",
+    "steps_to_serve",
 ]

@@ -39,6 +39,10 @@ class Admission:
     stays available, unless nothing runs. One that does not fit lets at most `max_bypasses` later ones pass, over all
     its time in the queue, then nobody; since no one joins behind it any more, running samples drain until it fits.
 
+    A sample that was preempted `max_preemptions` times is *settled* when it comes back: it keeps its seat until it ends.
+    It gets in only if all blocks that it may ever need, and those of the other settled ones, make up no more than the
+    pool: whatever is short later, there is somebody else to take it from, or nobody needs it.
+
     `is_open` is False after an attempt that ended for want of seats or blocks, until something is added or let go of:
     decoding only makes both scarcer, so trying again would end alike. This is also what lets a simulator leap.
     """
@@ -121,6 +125,9 @@ class Admission:
         memory = self._memory
         is_swapped = sample.state is SampleState.SWAPPED
         resumed = sample.num_preemptions > 0
+        is_settled = sample.num_preemptions >= self._config.max_preemptions
+        if is_settled and not self._fits_with_settled(sample):
+            return False
         start = (self._swap_in if is_swapped else self._open)(sample, num_promised, grants)
         if start < 0:
             return False
@@ -144,7 +151,8 @@ class Admission:
         self._queue.remove(sample)
         # A sample that came back keeps its seat until it has filled one more block: otherwise two samples could
         # throw each other out in turn, and each turn costs a prefill.
-        self._running.add(sample, protected_until=sample.num_known + memory.block_size if resumed else 0)
+        protected_until = sample.num_known + memory.block_size if resumed else 0
+        self._running.add(sample, protected_until=protected_until, is_settled=is_settled)
         sample.deferral = ""
         mode = "swapped in" if is_swapped else "recomputed" if resumed else "new"
         used = memory.pool.num_used
@@ -189,6 +197,12 @@ class Admission:
         self._memory.close(sample.row)
         sample.row = -1
         sample.state = SampleState.WAITING
+
+    def _fits_with_settled(self, sample: Sample) -> bool:
+        """Whether the pool holds it and the settled samples that run, each with all blocks that it may ever need."""
+        settled = (sample, *self._running.settled())
+        num_blocks = sum(cdiv(other.num_slots, self._memory.block_size) for other in settled)
+        return num_blocks <= self._memory.pool.num_blocks
 
     def _fits(self, num_blocks: int) -> bool:
         reserve = self._watermark_blocks if len(self._running) else 0

@@ -11,6 +11,7 @@ __all__ = ["SchedulerConfig"]
 
 MAX_BATCHED_TOKENS = 2**24
 MAX_RUNNING = 2**16
+MAX_PREEMPTIONS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class SchedulerConfig:
     chunked_prefill:        whether a prompt may be computed over several steps
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
     max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
+    max_preemptions:        how often one sample may lose its seat; then it keeps the next one until it ends
     """
 
     max_num_batched_tokens: int = 8192
@@ -32,6 +34,7 @@ class SchedulerConfig:
     chunked_prefill: bool = True
     watermark: float = 0.01
     max_bypasses: int = 4
+    max_preemptions: int = 8
 
     def __post_init__(self) -> None:
         try:
@@ -40,6 +43,7 @@ class SchedulerConfig:
             if self.long_prefill_tokens is not None:
                 as_int("long_prefill_tokens", self.long_prefill_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
             as_int("max_bypasses", self.max_bypasses, at_least=0, at_most=1000)
+            as_int("max_preemptions", self.max_preemptions, at_least=1, at_most=MAX_PREEMPTIONS)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if self.max_num_running > self.max_num_batched_tokens:

@@ -21,7 +21,7 @@ from pagedkv.content import SimulatedPrompt
 from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVError
 from pagedkv.eviction import make_policy
 from pagedkv.manager import KVCacheManager, Prompt
-from pagedkv.scheduler.config import SchedulerConfig
+from pagedkv.scheduler.config import MAX_PREEMPTIONS, SchedulerConfig
 from pagedkv.scheduler.events import EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority
 from pagedkv.scheduler.outcome import StepOutcome
@@ -226,7 +226,9 @@ def _make_scheduler(header: dict[str, Any], sink: EventSink | None, max_blocks: 
         for role in ROLES:
             fields = dict(header[role])
             policies[role] = POLICIES[fields.pop("name")](**fields)
-        return Scheduler(SchedulerConfig(**header["scheduler"]), manager, sink=sink, **policies)
+        # Recordings of before there was a bound on preemptions hold none.
+        limits = {"max_preemptions": MAX_PREEMPTIONS, **header["scheduler"]}
+        return Scheduler(SchedulerConfig(**limits), manager, sink=sink, **policies)
     except RecordingError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -16,6 +16,7 @@ class RunningRows:
 
     max_tokens:      (rows,) int64, length at which the sample ends
     protected_until: (rows,) int64, number of known tokens below which it should not be preempted
+    is_settled:      (rows,) bool, whether it was preempted as often as may be, and keeps its seat until it ends
     ranks, serials:  (rows,) its place in the queue
     samples:         (rows,) object, the sample, None where no sample runs
     num_seats:       seats taken: one a row, and those kept for samples that are still to fork off
@@ -28,6 +29,7 @@ class RunningRows:
         "_num_rows",
         "_order",
         "_places",
+        "is_settled",
         "max_tokens",
         "num_seats",
         "protected_until",
@@ -44,6 +46,7 @@ class RunningRows:
         self._num_gaps = 0
         self.max_tokens: Int64s = np.zeros(num_rows, np.int64)
         self.protected_until: Int64s = np.zeros(num_rows, np.int64)
+        self.is_settled: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.ranks: NDArray[np.float64] = np.zeros(num_rows)
         self.serials: Int64s = np.zeros(num_rows, np.int64)
         self.samples: NDArray[np.object_] = np.full(num_rows, None, object)
@@ -74,7 +77,13 @@ class RunningRows:
         self._is_lent = True
         return self.samples
 
-    def add(self, sample: Sample, *, protected_until: int) -> None:
+    def settled(self) -> list[Sample]:
+        """The settled samples, in order of admission. O(running)."""
+        rows = self.rows
+        samples: list[Sample] = self.samples[rows[self.is_settled[rows]]].tolist()
+        return samples
+
+    def add(self, sample: Sample, *, protected_until: int, is_settled: bool = False) -> None:
         """A sample with a row starts running, last in order. O(1) amortised."""
         row = sample.row
         if row >= len(self.samples):
@@ -90,6 +99,7 @@ class RunningRows:
         sample.state = SampleState.RUNNING
         self.max_tokens[row] = sample.max_tokens
         self.protected_until[row] = protected_until
+        self.is_settled[row] = is_settled
         self.ranks[row], self.serials[row] = sample.place[0], sample.place[1]
         self._set_sample(row, sample)
 
@@ -121,7 +131,7 @@ class RunningRows:
     def _grow(self, num_rows: int) -> None:
         old = len(self.samples)
         new = max(num_rows, 2 * old)
-        for name in ("_places", "max_tokens", "protected_until", "ranks", "serials"):
+        for name in ("_places", "is_settled", "max_tokens", "protected_until", "ranks", "serials"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate((column, np.zeros(new - old, column.dtype))))
         self.samples = np.concatenate((self.samples, np.full(new - old, None, object)))

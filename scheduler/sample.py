@@ -62,6 +62,11 @@ class Sample:
         """The reason that was last told for not admitting it."""
 
     @property
+    def num_slots(self) -> int:
+        """Token slots that it needs at most: the K/V of the last sampled token is never computed."""
+        return max(self.num_prompt, self.max_tokens - 1)
+
+    @property
     def output_token_ids(self) -> Int32s:
         """(n,) int32: tokens beyond the prompt that its content holds: all of them, once its row was synchronised or closed."""
         content = self.content

@@ -92,11 +92,16 @@ class Shortage:
                 sample.state = SampleState.WAITING
 
     def _choose(self) -> Sample:
-        """The victim policy's choice among those that have filled a block since they came back, or among all."""
+        """The victim policy's choice among those that have filled a block since they came back, or among all.
+
+        Settled ones are spared: admission has seen to it that their blocks suffice for all of them. They can be the only
+        ones left where somebody else uses the same memory; then one of them goes all the same, or nobody would get on.
+        """
         running = self._running
         rows = running.rows
-        unprotected = rows[self._memory.sequences.num_known[rows] >= running.protected_until[rows]]
-        candidates = unprotected if len(unprotected) else rows
+        unsettled = rows[~running.is_settled[rows]]
+        unprotected = unsettled[self._memory.sequences.num_known[unsettled] >= running.protected_until[unsettled]]
+        candidates = next((some for some in (unprotected, unsettled) if len(some)), rows)
         choice = self._victim.choose(running.ranks[candidates], running.serials[candidates])
         sample: Sample = running.samples[candidates[choice]]
         return sample

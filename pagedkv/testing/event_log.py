@@ -86,13 +86,20 @@ class EventLogSummary:
 class EventLogChecker:
     """Takes the events of one scheduler one after the other; memory for live requests only.
 
-    `max_num_running` and `num_blocks` are the scheduler's limits, if known. `is_from_start=False` takes a log that was
+    `max_num_running`, `num_blocks` and `max_preemptions` are the scheduler's limits, if known; the last holds where nobody
+    else uses the same memory, and may be set to None while somebody does. `is_from_start=False` takes a log that was
     cut at its beginning: requests that were added before it are not known, and what it says of them is not held against it.
     """
 
     def __init__(
-        self, *, max_num_running: int | None = None, num_blocks: int | None = None, is_from_start: bool = True
+        self,
+        *,
+        max_num_running: int | None = None,
+        num_blocks: int | None = None,
+        max_preemptions: int | None = None,
+        is_from_start: bool = True,
     ) -> None:
+        self.max_preemptions = max_preemptions
         self._max_num_running = max_num_running
         self._num_blocks = num_blocks
         self._is_from_start = is_from_start
@@ -205,6 +212,13 @@ class EventLogChecker:
         total = request.num_prompt + request.max_new_tokens
         self._require("I15", 0 <= computed < total, record, f"computed {computed} of at most {total} tokens")
         sample.state = "swapped" if record["mode"] == "swap" else "waiting"
+        most, count = self.max_preemptions, sample.num_preemptions
+        self._require(
+            "I13",
+            most is None or count < most,
+            record,
+            f"was preempted after {count} times, at most {most} are allowed",
+        )
         sample.num_preemptions += 1
         sample.moved_after = self._failed_steps
         sample.num_swapped_tokens = computed
@@ -330,6 +344,7 @@ def check_event_log(
     *,
     max_num_running: int | None = None,
     num_blocks: int | None = None,
+    max_preemptions: int | None = None,
     is_from_start: bool = True,
     is_complete: bool = False,
 ) -> EventLogSummary:
@@ -342,7 +357,12 @@ def check_event_log(
     >>> check_event_log(log).live
     ['a']
     """
-    checker = EventLogChecker(max_num_running=max_num_running, num_blocks=num_blocks, is_from_start=is_from_start)
+    checker = EventLogChecker(
+        max_num_running=max_num_running,
+        num_blocks=num_blocks,
+        max_preemptions=max_preemptions,
+        is_from_start=is_from_start,
+    )
     for line in lines:
         checker.take_line(line)
     return checker.finish(is_complete=is_complete)

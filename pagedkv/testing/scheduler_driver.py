@@ -12,7 +12,7 @@ import numpy as np
 from pagedkv.arrays import cdiv
 from pagedkv.config import CacheConfig
 from pagedkv.errors import InvariantViolation, PagedKVError
-from pagedkv.scheduler import Event, EventLog, EventSink, Request, Scheduler, SchedulerConfig, StepPlan
+from pagedkv.scheduler import Event, EventLog, EventSink, Request, Scheduler, SchedulerConfig, StepPlan, steps_to_serve
 from pagedkv.scheduler.events import Admitted, Preempted
 from pagedkv.testing.event_log import EventLogSummary, check_event_log
 from pagedkv.testing.scheduler_shadow import Answer, ShadowEngine, answers_to
@@ -41,13 +41,13 @@ class Scenario:
     aborts: tuple[tuple[int, str], ...] = ()
 
     @property
-    def num_alone(self) -> int:
-        """Steps that all requests would take, each alone: what a bound on waiting is measured by."""
-        chunk = self.config.long_prefill_tokens or self.config.max_num_batched_tokens
-        return sum(
-            cdiv(len(np.asarray(request.prompt)), chunk) + max(request.max_new_tokens, 1)
+    def max_steps(self) -> int:
+        """Steps in which everybody must be through: those until the last one comes, and those that serving all may take."""
+        serving = sum(
+            steps_to_serve(len(np.asarray(request.prompt)), request.max_new_tokens, request.n, self.config)
             for _, request in self.arrivals
         )
+        return serving + max((step for step, _ in self.arrivals), default=0)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Drive:
     scenario: Scenario
     enforced: str
     rename: Callable[[str], str] = str
-    max_preemptions: int = 8
+    max_preemptions: int | None = None
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     num_computed: dict[tuple[str, int], int] = field(default_factory=dict)
     num_preemptions: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Drive:
         """Run to the end; returns the event log. Raises InvariantViolation for what is enforced."""
         arrivals = list(self.scenario.arrivals)
         aborts = list(self.scenario.aborts)
-        bound = 50 + len(arrivals) + max((step for step, _ in arrivals), default=0) + 4 * self.scenario.num_alone
+        bound = self.scenario.max_steps
         num_empty = 0
         while arrivals or self.scheduler.has_work:
             while arrivals and arrivals[0][0] <= self.step_idx:
@@ -178,7 +178,7 @@ class Drive:
                 gains = event.num_used_before > event.num_used_after
                 is_alone = len(self.answers.get(seat[0], ())) == 1  # Samples of one request share blocks.
                 self.require("I11", gains or not is_alone, f"{seat[0]!r} was preempted, and no block was gained")
-                most = self.max_preemptions
+                most = self.scenario.config.max_preemptions if self.max_preemptions is None else self.max_preemptions
                 self.require(
                     "I13", count <= most, f"{seat[0]!r} was preempted {count} times, at most {most} are allowed"
                 )

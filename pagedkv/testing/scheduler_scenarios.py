@@ -64,6 +64,12 @@ def scheduler_scenarios() -> list[Scenario]:
             tuple(_requests(2, 8, prompt=(10, 40), new=(1, 9))),
         ),
         Scenario("overload", SchedulerConfig(32, 8, watermark=0), CacheConfig(20, 4), tuple(overload)),
+        Scenario(
+            "few preemptions",
+            SchedulerConfig(32, 8, watermark=0, max_preemptions=1),
+            CacheConfig(20, 4),
+            tuple(overload),
+        ),
         Scenario("overload with a host", SchedulerConfig(32, 8, watermark=0), CacheConfig(20, 4, 20), tuple(overload)),
         Scenario("overload without names", SchedulerConfig(32, 8), CacheConfig(20, 4, 20, False), tuple(overload)),
         Scenario(

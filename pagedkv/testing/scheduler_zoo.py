@@ -274,6 +274,7 @@ KNOWN_BAD_SCHEDULERS: dict[str, KnownBadScheduler] = {
     "an exact fit is refused": KnownBadScheduler("I12", _plain(RefusesExactFit)),
     "the last come is served first": KnownBadScheduler("I13", _plain(Scheduler, policy=LastComeFirstServed())),
     "small requests pass large ones for ever": KnownBadScheduler("I13", _with_config(max_bypasses=lambda _: 1000)),
+    "the bound on preemptions is not kept": KnownBadScheduler("I13", _with_config(max_preemptions=lambda _: 1000)),
     "seats are lost for no reason": KnownBadScheduler("I13", _plain(PreemptsAgainAndAgain)),
     "the order follows hashes": KnownBadScheduler("I14", _plain(Scheduler, policy=HashedOrder())),
     "the token budget is exceeded": KnownBadScheduler(

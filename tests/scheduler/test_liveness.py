@@ -8,23 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv import CacheConfig, KVCacheManager, SimulatedPrompt
-from pagedkv.scheduler import LowestPriority, Priority, Recompute, Request, Scheduler, SchedulerConfig, Swap
+from pagedkv.scheduler import (
+    LowestPriority,
+    Priority,
+    Recompute,
+    Request,
+    Scheduler,
+    SchedulerConfig,
+    Swap,
+    steps_to_serve,
+)
 
 
-def overload(seed: int, *, num_requests: int, num_blocks: int, watermark: float, **policies):
-    """Run a burst of requests on a pool that holds a few of them; returns the steps and preemptions of each request."""
+def overload(
+    seed: int, *, num_requests: int, num_blocks: int, watermark: float = 0.0, max_preemptions: int = 8, **policies
+):
+    """Run a burst of requests on a pool that holds a few of them; returns the steps, preemptions of each, stated steps."""
     rng = np.random.default_rng(seed)
     manager = KVCacheManager(CacheConfig(num_blocks, 4, num_blocks if rng.random() < 0.5 else 0))
-    scheduler = Scheduler(SchedulerConfig(64, 16, watermark=watermark), manager, **policies)
-    num_tokens = 0
+    config = SchedulerConfig(64, 16, watermark=watermark, max_preemptions=max_preemptions)
+    scheduler = Scheduler(config, manager, **policies)
+    num_stated = 0
     for i in range(num_requests):
         prompt, new = int(rng.integers(1, 40)), int(rng.integers(1, 40))
-        num_tokens += prompt + new
+        num_stated += steps_to_serve(prompt, new, 1, config)
         scheduler.add(Request(f"r{i}", SimulatedPrompt(prompt), new, priority=float(rng.integers(3))), float(i))
     preemptions: dict[str, int] = {}
     for num_steps in range(200 * num_requests):
         if not scheduler.has_work:
-            return num_steps, preemptions, num_tokens
+            return num_steps, preemptions, num_stated
         plan = scheduler.schedule(float(num_requests))
         assert len(plan.rows), "work is there and nothing runs"
         for sample, _ in scheduler.update(plan, None, float(num_requests)).finished:
@@ -37,18 +49,53 @@ def overload(seed: int, *, num_requests: int, num_blocks: int, watermark: float,
     st.sampled_from([0.0, 0.05]),
     st.sampled_from([Recompute(), Swap()]),
     st.booleans(),
+    st.sampled_from([1, 2, 8]),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_request_of_an_overload_finishes(seed, watermark, preemption, by_priority) -> None:
+def test_every_request_of_an_overload_finishes_within_what_is_stated(
+    seed, watermark, preemption, by_priority, max_preemptions
+) -> None:
     order = {"policy": Priority(), "victim": LowestPriority()} if by_priority else {}
 
-    num_steps, preemptions, _ = overload(
-        seed, num_requests=30, num_blocks=24, watermark=watermark, preemption=preemption, **order
+    num_steps, preemptions, num_stated = overload(
+        seed,
+        num_requests=30,
+        num_blocks=24,
+        watermark=watermark,
+        max_preemptions=max_preemptions,
+        preemption=preemption,
+        **order,
     )
 
     assert len(preemptions) == 30
-    assert max(preemptions.values()) <= 8
-    assert num_steps < 30 * 80
+    assert max(preemptions.values()) <= max_preemptions
+    assert num_steps <= num_stated
+
+
+@pytest.mark.parametrize(("max_preemptions", "most"), [(1, 1), (2, 2), (8, 4)])
+def test_the_bound_on_preemptions_is_reached_and_not_passed(max_preemptions, most) -> None:
+    counts = [
+        max(overload(seed, num_requests=30, num_blocks=24, max_preemptions=max_preemptions)[1].values())
+        for seed in range(12)
+    ]
+
+    assert max(counts) == most
+
+
+def test_a_settled_sample_comes_back_when_all_settled_ones_fit_to_their_ends() -> None:
+    config = SchedulerConfig(64, 8, watermark=0, max_preemptions=1)
+    scheduler = Scheduler(config, KVCacheManager(CacheConfig(10, 4)))
+    for name in ("a", "b", "c"):  # Each needs 3 blocks at first and 6 in the end.
+        scheduler.add(Request(name, SimulatedPrompt(12), 13), 0.0)
+    seats = []
+    while scheduler.has_work:
+        plan = scheduler.schedule(0.0)
+        seats += [(plan.step, seat.request_id) for seat in plan.admitted]
+        scheduler.update(plan, None, 0.0)
+
+    # c loses its seat in step 1, b in step 9, and c comes back at once. When a ends in step 12, b would fit as it is; but
+    # then both are settled, and with 6 blocks each they would not fit in the end.
+    assert seats == [(0, "a"), (0, "b"), (0, "c"), (10, "c"), (22, "b")]
 
 
 @pytest.mark.parametrize("seed", range(3))

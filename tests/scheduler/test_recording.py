@@ -14,6 +14,7 @@ from pagedkv.scheduler import (
     FCFS,
     Cheaper,
     EventLog,
+    LatestArrival,
     LowestPriority,
     Priority,
     Recorder,
@@ -200,6 +201,29 @@ def test_a_recording_of_before_there_were_drafts_replays() -> None:
     ]
 
     assert [plan.num_tokens.tolist() for plan in replay_recording(lines)] == [[3], [1]]
+
+
+def test_a_recording_of_before_there_was_a_bound_on_preemptions_replays_without_one() -> None:
+    recording = io.StringIO()
+    # The queue and the victims go by different orders, so that the first in the queue lose their seats again and again.
+    policies = {"policy": Priority(0.0), "victim": LatestArrival()}
+    limits = SchedulerConfig(256, 32, watermark=0, max_preemptions=1000)
+    scheduler = Recorder(Scheduler(limits, KVCacheManager(CacheConfig(60, 4)), **policies), recording)
+    rng = np.random.default_rng(0)
+    most = num_steps = 0
+    while num_steps < 120 or scheduler.has_work:
+        if num_steps < 120 and num_steps % 4 == 0:
+            prompt, new = SimulatedPrompt(int(rng.integers(1, 8))), int(rng.integers(1, 200))
+            scheduler.add(Request(f"r{num_steps}", prompt, new, priority=-num_steps), 0.0)
+        finished = scheduler.update(scheduler.schedule(0.0), None, 0.0).finished
+        most = max([most, *(sample.num_preemptions for sample, _ in finished)])
+        num_steps += 1
+    lines = recording.getvalue().splitlines()
+    header = json.loads(lines[0])
+    del header["scheduler"]["max_preemptions"]
+
+    assert most > SchedulerConfig().max_preemptions
+    assert len(list(replay_recording([json.dumps(header), *lines[1:]]))) == num_steps
 
 
 def test_a_bug_of_ours_is_raised_and_not_taken_for_a_call_that_failed_when_recorded(monkeypatch) -> None:

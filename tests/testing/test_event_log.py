@@ -178,6 +178,14 @@ def test_a_contradiction_is_found(log: list[str], invariant: str, corrupt: Calla
     assert caught.value.invariant == invariant, caught.value
 
 
+def test_a_sample_that_is_preempted_more_often_than_may_be_is_found(log: list[str]) -> None:
+    most = check_event_log(log).max_preemptions
+
+    check_event_log(log, max_preemptions=most)
+    with pytest.raises(InvariantViolation, match=f"I13.* was preempted after {most - 1} times"):
+        check_event_log(log, max_preemptions=most - 1)
+
+
 def test_more_tokens_come_back_than_went_to_the_host() -> None:
     records = [json.loads(line) for line in make_log(Swap())]
     records[first(records, "admitted", mode="swapped in")]["num_hit_tokens"] -= 1

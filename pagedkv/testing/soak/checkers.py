@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.errors import InvariantViolation
 from pagedkv.manager import KVCacheManager
-from pagedkv.scheduler import Scheduler
+from pagedkv.scheduler import Scheduler, SchedulerConfig, steps_to_serve
 from pagedkv.testing.event_log import EventLogChecker
 from pagedkv.testing.scheduler_shadow import Answer, ShadowEngine
 from pagedkv.testing.soak.neighbour import Neighbour
@@ -95,11 +95,10 @@ def check_empty(scheduler: Scheduler) -> None:
     scheduler.check_invariants()
 
 
-def steps_to_finish(wishes: Iterable[Wish], budget: int) -> int:
-    """A bound on the steps in which all of these get through: each alone, and computed anew a few times. O(wishes)."""
-    num_steps = 100
-    for wish in wishes:
-        longest = max((len(answer.token_ids) for answer in wish.answers), default=0)
-        num_chunks = sum(len(answer.states) for answer in wish.answers) // min(budget, 8) + 1
-        num_steps += 4 * (longest + num_chunks)
-    return num_steps
+def steps_to_finish(wishes: Iterable[Wish], config: SchedulerConfig) -> int:
+    """The most steps in which all of these get through, as the scheduler states it. O(wishes)."""
+    requests = (wish.request for wish in wishes)
+    return sum(
+        steps_to_serve(len(np.asarray(request.prompt)), request.max_new_tokens, request.n, config)
+        for request in requests
+    )
