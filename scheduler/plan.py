@@ -20,6 +20,7 @@ class PlanInputs:
     """The packed arrays of a plan, made when first asked for: a simulator never asks."""
 
     __slots__ = (
+        "are_made",
         "is_decode",
         "is_single",
         "is_stale",
@@ -32,6 +33,8 @@ class PlanInputs:
 
     def __init__(self, memory: RowMemory, *, is_decode: bool = False) -> None:
         self.memory = memory
+        self.are_made = False
+        """Whether all of them were made that can be: then rows may be gone that they were made from."""
         self.is_stale = False
         self.is_decode = is_decode
         """Whether it is known that every row computes one token, its last known one."""
@@ -189,7 +192,10 @@ class StepPlan:
         return packed
 
     def make_inputs(self) -> None:
-        """Make the packed arrays now, before a row that they read is let go of. O(tokens)."""
+        """Make the packed arrays now, before a row that they read is let go of; once, O(tokens)."""
+        if self.inputs.are_made:
+            return
+        self.inputs.are_made = True
         _ = self.slot_mapping
         with suppress(InvalidArgumentError):  # Simulated prompts have no token ids.
             _ = self.token_ids

@@ -448,6 +448,19 @@ def test_the_cheaper_mode_follows_the_two_costs() -> None:
 # Abort and failure
 
 
+def test_two_simulated_requests_of_one_plan_are_aborted_one_after_the_other() -> None:
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        scheduler.add(Request(name, SimulatedPrompt(6), 2), 0.0)
+    plan = scheduler.schedule(0.0)
+
+    scheduler.abort("a", 0.0)
+    scheduler.abort("b", 0.0)
+
+    scheduler.update(plan, None, 0.0)
+    assert not scheduler.has_work
+
+
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "in flight", "preempted", "swapped"])
 def test_abort_in_every_state_leaves_nothing(state) -> None:
     preemption = Swap() if state == "swapped" else Recompute()
