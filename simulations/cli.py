@@ -239,6 +239,7 @@ def _progress(num_requests: int) -> Iterator[Callable[[int], None] | None]:
 def _mount_others() -> None:
     from pagedkv.simulations.cache_command import cache
     from pagedkv.simulations.fit_command import fit
+    from pagedkv.simulations.liveness_command import liveness
     from pagedkv.simulations.soak_command import soak
     from pagedkv.simulations.traces.command import app as traces_app
     from pagedkv.simulations.verify_command import verify
@@ -246,6 +247,7 @@ def _mount_others() -> None:
     app.command()(cache)
     app.command()(fit)
     app.command()(soak)
+    app.command()(liveness)
     app.command()(verify)
     app.add_typer(traces_app, name="traces", help="List, describe, convert and generate request traces.")
 

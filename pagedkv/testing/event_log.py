@@ -217,7 +217,7 @@ class EventLogChecker:
             "I13",
             most is None or count < most,
             record,
-            f"was preempted after {count} times, at most {most} are allowed",
+            f"was preempted, {count} times before; at most {most} are allowed",
         )
         sample.num_preemptions += 1
         sample.moved_after = self._failed_steps

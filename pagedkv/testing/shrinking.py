@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from pagedkv.testing.random_operations import Operation
 
-__all__ = ["shrink"]
+__all__ = ["shrink", "shrink_list"]
 
+T = TypeVar("T")
 Fails = Callable[[list[Operation]], bool]
 
 
@@ -25,7 +27,17 @@ def shrink(operations: list[Operation], fails: Fails, *, max_attempts: int = 500
             return operations
 
 
-def _without_runs(operations: list[Operation], fails: Fails, attempts: Iterator[int]) -> list[Operation]:
+def shrink_list(items: list[T], fails: Callable[[list[T]], bool], *, max_attempts: int = 300) -> list[T]:
+    """Leave out what is not needed, as long as `fails` says that the rest fails as the whole did."""
+    attempts = iter(range(max_attempts))
+    while True:
+        before = items
+        items = _without_runs(items, fails, attempts)
+        if items == before:
+            return items
+
+
+def _without_runs(operations: list[T], fails: Callable[[list[T]], bool], attempts: Iterator[int]) -> list[T]:
     """Leave out runs of calls, long ones first, from the end on: what comes late is needed least."""
     length = max(1, len(operations) // 2)
     while True:

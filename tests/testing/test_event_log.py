@@ -182,7 +182,7 @@ def test_a_sample_that_is_preempted_more_often_than_may_be_is_found(log: list[st
     most = check_event_log(log).max_preemptions
 
     check_event_log(log, max_preemptions=most)
-    with pytest.raises(InvariantViolation, match=f"I13.* was preempted after {most - 1} times"):
+    with pytest.raises(InvariantViolation, match=f"I13.* was preempted, {most - 1} times before"):
         check_event_log(log, max_preemptions=most - 1)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from pagedkv.errors import InvariantViolation
 from pagedkv.manager import KVCacheManager
-from pagedkv.scheduler import Scheduler, SchedulerConfig, steps_to_serve
+from pagedkv.scheduler import Request, Scheduler, SchedulerConfig, steps_to_serve
 from pagedkv.testing.event_log import EventLogChecker
 from pagedkv.testing.scheduler_shadow import Answer, ShadowEngine
 from pagedkv.testing.soak.neighbour import Neighbour
-from pagedkv.testing.soak.traffic import Wish
+from pagedkv.testing.soak.traffic import num_prompt_tokens
 
 __all__ = ["LogFile", "check_content", "check_counters", "check_empty", "check_tokens", "steps_to_finish"]
 
@@ -95,10 +95,8 @@ def check_empty(scheduler: Scheduler) -> None:
     scheduler.check_invariants()
 
 
-def steps_to_finish(wishes: Iterable[Wish], config: SchedulerConfig) -> int:
-    """The most steps in which all of these get through, as the scheduler states it. O(wishes)."""
-    requests = (wish.request for wish in wishes)
+def steps_to_finish(requests: Iterable[Request], config: SchedulerConfig) -> int:
+    """The most steps in which all of these get through, as the scheduler states it. O(requests)."""
     return sum(
-        steps_to_serve(len(np.asarray(request.prompt)), request.max_new_tokens, request.n, config)
-        for request in requests
+        steps_to_serve(num_prompt_tokens(request), request.max_new_tokens, request.n, config) for request in requests
     )

@@ -14,9 +14,10 @@ class Neighbour:
     """Opens sequences of its own through the manager, on the device or on the host, and writes their states.
 
     Its prompts share nothing with the service's, but its full blocks are named and stay behind as evictable ones.
+    Without an engine only the bookkeeping is done.
     """
 
-    def __init__(self, manager: KVCacheManager, engine: ShadowEngine) -> None:
+    def __init__(self, manager: KVCacheManager, engine: ShadowEngine | None = None) -> None:
         self._manager = manager
         self._engine = engine
         self._leaves_at: dict[str, int] = {}
@@ -42,7 +43,8 @@ class Neighbour:
         if num_blocks > 0:
             sequence_id = self._open(num_blocks, until_step)
             copies = self._manager.swap_out(sequence_id)
-            self._engine.host[copies.targets] = self._engine.device[copies.sources]
+            if self._engine is not None:
+                self._engine.host[copies.targets] = self._engine.device[copies.sources]
 
     def leave(self, step: int | None = None) -> None:
         """Close what was to be held until this step; everything without one."""
@@ -60,6 +62,7 @@ class Neighbour:
         self.num_queried_tokens += num_tokens
         self.num_hit_tokens += hit
         slots = self._manager.append(sequence_id, num_tokens - hit).slots
-        self._engine.slots[slots] = np.array(states_of(tokens), np.uint64)[hit:]
+        if self._engine is not None:
+            self._engine.slots[slots] = np.array(states_of(tokens), np.uint64)[hit:]
         self._leaves_at[sequence_id] = until_step
         return sequence_id

@@ -10,7 +10,7 @@ from pagedkv.scheduler import (
     FCFS,
     Cheaper,
     Event,
-    EventLog,
+    EventSink,
     LatestArrival,
     LowestPriority,
     PreemptionPolicy,
@@ -32,9 +32,9 @@ class SinkRaisedError(RuntimeError):
 
 
 class WorldSink:
-    """Writes events to the log that is checked; then raises, or calls back, when it is told to."""
+    """Passes events on to the log that is checked; then raises, or calls back, when it is told to."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventSink) -> None:
         self._log = log
         self.raises_in = 0
         self.calls_back_in = 0

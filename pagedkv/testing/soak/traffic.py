@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedkv.arrays import cdiv
+from pagedkv.content import SimulatedPrompt
 from pagedkv.scheduler import Request
 from pagedkv.testing.scheduler_shadow import VOCABULARY, Answer, answers_to
 from pagedkv.testing.soak.settings import Service
 
-__all__ = ["Traffic", "Wish", "fits_alone"]
+__all__ = ["Traffic", "Wish", "fits_alone", "num_prompt_tokens"]
 
 WAVE_S = 600.0
 # Requests per second; the fake service gets through one to two.
@@ -28,9 +29,15 @@ class Wish:
     arrival_s: float
 
 
+def num_prompt_tokens(request: Request) -> int:
+    """Length of the prompt, simulated or not."""
+    prompt = request.prompt
+    return prompt.num_tokens if isinstance(prompt, SimulatedPrompt) else len(np.asarray(prompt))
+
+
 def fits_alone(request: Request, service: Service) -> bool:
     """Whether the request could run if nobody else were there: the arithmetic done apart from the scheduler's own."""
-    num_prompt = len(np.asarray(request.prompt))
+    num_prompt = num_prompt_tokens(request)
     # The last token is sampled, and its K/V never needed.
     num_slots = num_prompt + max(request.max_new_tokens, 1) - 1
     config = service.scheduler

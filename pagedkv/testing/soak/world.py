@@ -127,7 +127,7 @@ class World:
         self.neighbour.leave()
         self._copies_until_failure = None
         self.skew_s = max(self.skew_s, 0.0)
-        bound = steps_to_finish(self.wishes.values(), self.service.scheduler)
+        bound = steps_to_finish((wish.request for wish in self.wishes.values()), self.service.scheduler)
         first_step = self.num_steps
         while self.scheduler.has_work:
             if self.num_steps - first_step == bound:
