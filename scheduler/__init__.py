@@ -9,7 +9,7 @@ from pagedkv.scheduler.outcome import StepOutcome
 from pagedkv.scheduler.plan import PlanDrafts, Seat, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
 from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
-from pagedkv.scheduler.refusal import RequestTooLargeError
+from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError
 from pagedkv.scheduler.request import FinishReason, Request
 from pagedkv.scheduler.scheduler import Scheduler
 from pagedkv.scheduler.step_events import Output, StepEvents
@@ -29,6 +29,7 @@ __all__ = [
     "PreemptionMode",
     "PreemptionPolicy",
     "Priority",
+    "QueueFullError",
     "QueuePolicy",
     "Recompute",
     "Recorder",

@@ -12,6 +12,7 @@ __all__ = ["SchedulerConfig"]
 MAX_BATCHED_TOKENS = 2**24
 MAX_RUNNING = 2**16
 MAX_PREEMPTIONS = 2**20
+MAX_WAITING = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class SchedulerConfig:
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
     max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
     max_preemptions:        how often one sample may lose its seat; then it keeps the next one until it ends
+    max_num_waiting:        samples that may wait; then new requests are refused
+    client_share:           share of seats, blocks and places to wait that the requests of one `client` may take, and so
+                            how many clients can be there without any of them noticing that another floods (None: all)
     """
 
     max_num_batched_tokens: int = 8192
@@ -35,6 +39,8 @@ class SchedulerConfig:
     watermark: float = 0.01
     max_bypasses: int = 4
     max_preemptions: int = 8
+    max_num_waiting: int = MAX_WAITING
+    client_share: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -44,6 +50,7 @@ class SchedulerConfig:
                 as_int("long_prefill_tokens", self.long_prefill_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
             as_int("max_bypasses", self.max_bypasses, at_least=0, at_most=1000)
             as_int("max_preemptions", self.max_preemptions, at_least=1, at_most=MAX_PREEMPTIONS)
+            as_int("max_num_waiting", self.max_num_waiting, at_least=1, at_most=MAX_WAITING)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if self.max_num_running > self.max_num_batched_tokens:
@@ -55,3 +62,6 @@ class SchedulerConfig:
             raise ConfigError("long_prefill_tokens caps chunks of a prompt, so it needs chunked_prefill")
         if not isinstance(self.watermark, float | int) or not 0 <= self.watermark <= 0.5:
             raise ConfigError(f"watermark must be a number in 0..0.5, found {shown(self.watermark)}")
+        share = self.client_share
+        if share is not None and (not isinstance(share, float | int) or not 0 < share <= 1):
+            raise ConfigError(f"client_share must be None or a number above 0, at most 1, found {shown(share)}")

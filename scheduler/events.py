@@ -31,7 +31,7 @@ class Added(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A request was refused at `add`: it could never fit. `reason` holds the arithmetic."""
+    """A request was refused at `add`: it could never fit, or too many wait. `reason` holds the arithmetic."""
 
     time: float
     request_id: str

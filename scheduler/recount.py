@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from pagedkv.errors import InvariantViolation
 from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler.client_shares import ClientShares
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.running import RunningRows
 from pagedkv.scheduler.sample import Sample, SampleState
@@ -15,10 +16,21 @@ __all__ = ["check_samples"]
 
 
 def check_samples(
-    samples: Iterable[Sample], config: SchedulerConfig, queue: WaitingQueue, running: RunningRows, memory: RowMemory
+    live: Iterable[list[Sample]],
+    config: SchedulerConfig,
+    queue: WaitingQueue,
+    running: RunningRows,
+    *,
+    memory: RowMemory,
+    shares: ClientShares,
 ) -> None:
-    """Compare the live samples with running rows, waiting queue and memory. Raises InvariantViolation. O(samples)."""
-    samples = list(samples)
+    """Compare the live samples, by request, with running rows, queue, shares and memory. Raises InvariantViolation.
+
+    O(samples).
+    """
+    requests = list(live)
+    samples = [sample for group in requests for sample in group]
+    standing = shares.check(group[0] for group in requests)
     seated = [sample for sample in samples if sample.state is SampleState.RUNNING]
     rows = running.rows.tolist()
     if sorted(rows) != sorted(sample.row for sample in seated):
@@ -31,8 +43,9 @@ def check_samples(
             "I15", f"{num_seats} seats taken, {running.num_seats} counted, {config.max_num_running} there"
         )
     waiting = [sample for sample in samples if sample.state in (SampleState.WAITING, SampleState.SWAPPED)]
-    if sorted(sample.place for sample in waiting) != [sample.place for sample in queue]:
-        raise InvariantViolation("I10", f"{len(waiting)} samples wait, the queue holds {len(queue)}")
+    queued = [sample.place for sample in waiting if all(sample is not other for other in standing)]
+    if sorted(queued) != [sample.place for sample in queue]:
+        raise InvariantViolation("I10", f"{len(queued)} samples wait, the queue holds {len(queue)}")
     swapped = {sample.row for sample in samples if sample.state is SampleState.SWAPPED}
     if not swapped <= set(memory.host_blocks):
         raise InvariantViolation("I6", f"rows {sorted(swapped)[:20]} are swapped out without host blocks")

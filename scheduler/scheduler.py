@@ -14,17 +14,18 @@ from pagedkv.manager import KVCacheManager
 from pagedkv.plans import NO_COPIES
 from pagedkv.scheduler.admission import Admission, Grants
 from pagedkv.scheduler.catch_up import NO_ROWS, CatchUp
+from pagedkv.scheduler.client_shares import ClientShares
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.drafts import DraftCounters, Drafting, Guesses
 from pagedkv.scheduler.ending import ended_samples
-from pagedkv.scheduler.events import Aborted, Added, Event, EventSink, Finished, Refused, StepFailed
+from pagedkv.scheduler.events import Aborted, Added, Deferred, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.kinds import LiveKinds
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.outcome import NewTokens, StepOutcome, checked_outcome
 from pagedkv.scheduler.plan import PlanInputs, Seat, StepPlan
 from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
 from pagedkv.scheduler.recount import check_samples
-from pagedkv.scheduler.refusal import RequestTooLargeError, reason_to_refuse
+from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError, reason_to_refuse
 from pagedkv.scheduler.request import Request
 from pagedkv.scheduler.rollback import retract_step
 from pagedkv.scheduler.running import RunningRows
@@ -98,6 +99,7 @@ class Scheduler:
             admission=self._admission,
             shortage=self._shortage,
         )
+        self._shares = ClientShares(config, num_blocks=manager.config.num_blocks, block_size=self._memory.block_size)
         self._live: dict[str, list[Sample]] = {}
         self._kinds = LiveKinds()
         self._sampling = Sampling(self._memory, self._running, self._live, self._kinds)
@@ -110,7 +112,7 @@ class Scheduler:
         self._grants = NO_GRANTS
         self._unannounced: list[Sample] = []
         self._step = 0
-        self._num_added = 0
+        self._num_added = self._num_entered = 0
         self._num_left_in_flight = 0
         if manager.checks is not None:
             manager.checks.watch(self, CHANGING_VERBS, self.check_invariants)
@@ -120,7 +122,10 @@ class Scheduler:
     def add(self, request: Request, now: float) -> None:
         """Put a request into the waiting queue. O(prompt + log waiting); its prompt is hashed when it is first considered.
 
-        Raises DuplicateIdError, InvalidArgumentError, and RequestTooLargeError with the arithmetic if it can never fit.
+        A request for which its client's share has no room now stands back until it has.
+
+        Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError with the arithmetic if it can never fit, and
+        QueueFullError if as many wait as may.
         """
         _require_time(now)
         request_id = request.request_id
@@ -135,18 +140,25 @@ class Scheduler:
             self.config,
             num_blocks=self._memory.pool.num_blocks,
             block_size=self._memory.block_size,
+            shares=self._shares,
         )
         if reason:
-            self._events.append(Refused(now, request_id, reason))
-            self._deliver()
+            self._refuse(request_id, reason, now)
             raise RequestTooLargeError(f"request {shown(request_id)} can never run: {reason}")
+        reason = self._shares.reason_to_turn_away(request.client, self.num_waiting)
+        if reason:
+            self._refuse(request_id, reason, now)
+            raise QueueFullError(f"request {shown(request_id)} may not wait: {reason}")
         self._num_added += 1
         sample = Sample(request, content, num_prompt, rank=self.policy.rank(request, now), serial=self._num_added)
         self._live[request_id] = [sample]
-        self._queue.push(sample)
-        self._admission.is_open = True
         self._kinds.add(sample)
         self._events.append(Added(now, request_id, num_prompt, request.max_new_tokens, request.n))
+        if self._shares.try_enter(sample):
+            self._enqueue(sample)
+        else:
+            step = self._step if self.in_flight is None else self.in_flight.step
+            self._events.append(Deferred(now, step, request_id, "its client's share is taken"))
         self._deliver()
 
     def abort(self, request_id: str, now: float) -> None:
@@ -155,6 +167,7 @@ class Scheduler:
         samples = self._live.pop(request_id, None) if isinstance(request_id, str) else None
         if samples is None:
             raise UnknownIdError(f"no live request {shown(request_id)}")
+        stood_back = self._shares.try_withdraw(samples[0])
         for sample in samples:
             state = sample.state
             if state is SampleState.RUNNING:
@@ -162,15 +175,33 @@ class Scheduler:
                     self.in_flight.make_inputs()
                 self._leave(sample)
                 self._num_left_in_flight += 1
-            else:
+            elif not stood_back:
                 self._queue.remove(sample)
                 if state is SampleState.SWAPPED:
                     self._memory.close(sample.row)
             sample.state = SampleState.FINISHED
             self._kinds.remove(sample)
             self._events.append(Aborted(now, request_id, state.value))
+        if not stood_back:
+            self._let_enter(samples[0])
         self._admission.is_open = True
         self._deliver()
+
+    def _refuse(self, request_id: str, reason: str, now: float) -> None:
+        self._events.append(Refused(now, request_id, reason))
+        self._deliver()
+
+    def _enqueue(self, sample: Sample) -> None:
+        """It enters the queue, behind those of its rank that entered before."""
+        self._num_entered += 1
+        sample.place = (sample.place[0], self._num_entered, 0)
+        self._queue.push(sample)
+        self._admission.is_open = True
+
+    def _let_enter(self, sample: Sample) -> None:
+        """The request of this sample is over: others of its client may enter."""
+        for other in self._shares.leave(sample):
+            self._enqueue(other)
 
     # Steps
 
@@ -334,8 +365,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Samples that wait for a seat, swapped ones included. O(1)."""
-        return len(self._queue)
+        """Samples that wait for a seat, swapped ones and those that stand back included. O(1)."""
+        return len(self._queue) + self._shares.num_standing
 
     @property
     def draft_counters(self) -> DraftCounters:
@@ -364,8 +395,9 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Recount seats, queue and memory. Raises InvariantViolation. O(blocks + requests)."""
-        samples = (sample for group in self._live.values() for sample in group)
-        check_samples(samples, self.config, self._queue, self._running, self._memory)
+        check_samples(
+            self._live.values(), self.config, self._queue, self._running, memory=self._memory, shares=self._shares
+        )
         self.manager.check_invariants()
 
     # How a step is planned
@@ -414,6 +446,7 @@ class Scheduler:
         samples.remove(sample)
         if not samples:
             del self._live[sample.request.request_id]
+            self._let_enter(sample)
 
     def _leave(self, sample: Sample) -> None:
         """Give up the seats and the row of a running sample."""

@@ -26,6 +26,9 @@ class WaitingQueue:
         """Samples in order; the queue must not change meanwhile."""
         return iter(self._samples.values())
 
+    def __contains__(self, sample: Sample) -> bool:
+        return self._samples.get(sample.place) is sample
+
     def push(self, sample: Sample) -> None:
         """Put a sample at its place: a preempted one comes back to where it stood. O(log n)."""
         self._samples[sample.place] = sample

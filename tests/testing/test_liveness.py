@@ -28,8 +28,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_hundred_overloads_are_served_once_nothing_fails_any_more(first_seed: int) -> None:
     report = run_liveness(100, first_seed=first_seed)
 
-    assert report.num_served > 900
-    assert report.num_preemptions > 50
+    assert report.num_served > 800
+    assert report.num_preemptions > 30
     assert set(report.faults) == set(FaultKind)
     assert min(report.faults.values()) > 10
     assert report.max_share <= 1

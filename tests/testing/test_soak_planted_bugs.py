@@ -78,7 +78,11 @@ BUGS = {
     "nobody tells of blocks that others gave back": Bug(
         Scheduler, "_plan", "self._admission.is_open or not len(rows)", "self._admission.is_open"
     ),
-    "what can never fit is taken": Bug(Scheduler, "add", "if reason:", "if False:"),
+    "what can never fit is taken": Bug(
+        Scheduler, "add",
+        "if reason:\n        self._refuse(request_id, reason, now)\n        raise RequestTooLargeError(",
+        "if False:\n        self._refuse(request_id, reason, now)\n        raise RequestTooLargeError(",
+    ),
     "what just fits is refused": Bug(
         scheduler_module, "reason_to_refuse", "max(request.max_new_tokens - 1, 0)", "request.max_new_tokens"
     ),

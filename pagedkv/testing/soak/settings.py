@@ -120,6 +120,7 @@ def draw_service(rng: np.random.Generator) -> Service:
             watermark=choose(0.0, 0.01, 0.1),
             max_bypasses=choose(0, 1, 4),
             max_preemptions=choose(1, 2, 8),
+            client_share=choose(None, None, 0.5),
         ),
         cache=CacheConfig(
             num_blocks=int(rng.integers(90, 220)) // block_size,

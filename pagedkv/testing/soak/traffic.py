@@ -40,10 +40,16 @@ def fits_alone(request: Request, service: Service) -> bool:
     num_prompt = num_prompt_tokens(request)
     # The last token is sampled, and its K/V never needed.
     num_slots = num_prompt + max(request.max_new_tokens, 1) - 1
-    config = service.scheduler
+    config, cache = service.scheduler, service.cache
+    num_blocks, num_seats = cdiv(num_slots, cache.block_size), request.n
+    most_blocks, most_seats = cache.num_blocks, config.max_num_running
+    if config.client_share is not None:
+        num_blocks *= request.n
+        most_blocks = int((most_blocks - int(config.watermark * most_blocks)) * config.client_share)
+        most_seats = max(int(most_seats * config.client_share), 1)
     return (
-        cdiv(num_slots, service.cache.block_size) <= service.cache.num_blocks
-        and request.n <= config.max_num_running
+        num_blocks <= most_blocks
+        and num_seats <= most_seats
         and (config.chunked_prefill or num_slots <= config.max_num_batched_tokens)
     )
 
@@ -89,6 +95,7 @@ class Traffic:
             n=int(rng.integers(2, 4)) if kinds[3] < 0.1 else 1,
             stop_token_ids=rng.integers(0, VOCABULARY, 2).tolist() if kinds[4] < 0.2 else (),
             priority=float(rng.integers(3)),
+            client=int(100 * kinds[3]) % 2,
             salt=b"tenant" if kinds[5] < 0.2 else b"",
             adapter="lora" if 0.15 < kinds[5] < 0.3 else None,
             reads_cache=bool(kinds[5] < 0.95),
