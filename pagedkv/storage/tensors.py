@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagedkv.arrays import BlockIds, as_int, cdiv
 from pagedkv.block_pool import MAX_NUM_BLOCKS
+from pagedkv.config import CacheConfig
 from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.kv_spec import KVSpec
 from pagedkv.storage.files import SavedBlocks, read_file, write_file
@@ -66,6 +67,8 @@ class KVStorage:
     ) -> None:
         """Take the memory. `layout` orders tokens (N), heads (H) and channels (D) within a layer of a block.
 
+        What is zeroed by default cannot depend on who shares it, which only `for_cache` is told.
+
         Raises ConfigError; torch's own error if the memory cannot be had.
         """
         try:
@@ -99,6 +102,28 @@ class KVStorage:
             else:
                 self._start_cuda()
             self._layers = layer_views(self._buffers["device"], spec, layout)
+
+    @classmethod
+    def for_cache(
+        cls,
+        spec: KVSpec,
+        config: CacheConfig,
+        device: torch.device | str = "cpu",
+        *,
+        layout: Layout = "NHD",
+        zero_on: ZeroOn | None = None,
+    ) -> Self:
+        """The storage of the memory that `config` describes: its sizes, and wiped blocks where tenants share it.
+
+        `zero_on=None` is "never" for memory of one tenant. With `config.requires_salt` it is "alloc" if there is a prefix cache,
+        whose evicted blocks go to the next owner without ever having been free, and else "free", which wipes the host as well.
+        Raises ConfigError, for different block sizes too.
+        """
+        if spec.block_size != config.block_size:
+            raise ConfigError(f"spec has blocks of {spec.block_size} tokens, config of {config.block_size}")
+        if zero_on is None:
+            zero_on = "never" if not config.requires_salt else "alloc" if config.prefix_caching else "free"
+        return cls(spec, config.num_blocks, device, config.num_host_blocks, layout=layout, zero_on=zero_on)
 
     def _start_cuda(self) -> None:
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

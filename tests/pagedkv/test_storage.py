@@ -596,6 +596,30 @@ def test_zero_is_never_unless_asked_for() -> None:
     assert KVStorage(small_spec(), 1).zero_on == "never"
 
 
+@pytest.mark.parametrize(
+    ("requires_salt", "prefix_caching", "zero_on"),
+    [(False, True, "never"), (False, False, "never"), (True, True, "alloc"), (True, False, "free")],
+)
+def test_memory_that_tenants_share_is_wiped_unless_that_is_denied(
+    requires_salt: bool, prefix_caching: bool, zero_on: str
+) -> None:
+    spec = small_spec()
+    config = CacheConfig(3, spec.block_size, 2, prefix_caching, requires_salt=requires_salt)
+
+    storage = KVStorage.for_cache(spec, config, layout="HND")
+
+    assert (storage.num_blocks, storage.num_host_blocks, storage.layout) == (3, 2, "HND")
+    assert storage.zero_on == zero_on
+    assert KVStorage.for_cache(spec, config, zero_on="never").zero_on == "never"
+
+
+def test_storage_for_a_cache_of_other_blocks_is_refused() -> None:
+    spec = small_spec()
+
+    with pytest.raises(ConfigError, match=f"spec has blocks of {spec.block_size} tokens, config of 64"):
+        KVStorage.for_cache(spec, CacheConfig(3, 64))
+
+
 @pytest.mark.parametrize(("wrong", "where"), [(ids(2), "device"), (ids(-1), "device"), (ids(0, 1), "host")])
 def test_blocks_that_are_not_there_are_neither_zeroed_nor_read_nor_written(wrong: np.ndarray, where: str) -> None:
     storage = filled(small_spec(), 2, 1)

@@ -19,9 +19,10 @@ CANARY = 0xA5
 class Engine:
     """Keeps storage and bookkeeping in step as docs/storage.md asks: what left the tables is handed to `on_free`."""
 
-    def __init__(self, zero_on: str, *, prefix_caching: bool = False) -> None:
-        self.manager = KVCacheManager(CacheConfig(6, 2, 6, prefix_caching))
-        self.storage = KVStorage(SPEC, 6, host_blocks=6, zero_on=zero_on)
+    def __init__(self, zero_on: str | None, *, prefix_caching: bool = False, requires_salt: bool = False) -> None:
+        config = CacheConfig(6, 2, 6, prefix_caching, requires_salt=requires_salt)
+        self.manager = KVCacheManager(config)
+        self.storage = KVStorage.for_cache(SPEC, config, zero_on=zero_on)
 
     def held(self) -> tuple[Counter[int], Counter[int]]:
         """Blocks on device and host that are not free: held, or named in the prefix cache."""
@@ -118,6 +119,17 @@ def test_with_prefix_caching_an_evicted_block_is_zeroed_when_it_is_taken() -> No
         assert len(appended.slots) == 1
 
     assert not engine.bytes_of(engine.manager.block_table("b")).any()
+
+
+def test_memory_that_tenants_share_is_wiped_without_being_asked() -> None:
+    engine = Engine(None, requires_salt=True)
+    engine.manager.open("a", [1] * 12, salt=b"a")
+    engine.write("a", 12, CANARY)
+    assert has_canary(engine.bytes_of(np.arange(6)))
+
+    engine.do(engine.manager.close, "a")
+
+    assert not engine.bytes_of(np.arange(6)).any()
 
 
 def test_a_saved_file_holds_no_byte_behind_the_last_token(tmp_path) -> None:
