@@ -113,29 +113,30 @@ class Drafting:
 
         What comes behind a stop token is dropped. Returns the tokens that were kept. O(rows + tokens).
         """
-        if cuts_at_stops:
-            new = self._cut_at_stops(new)
-        counts = new.num_tokens
-        if counts is None or not len(counts):
+        tokens, counts = new.token_ids, new.num_tokens
+        # Rows are counted where some had drafts, and drafts are tokens; no row is left if all were aborted.
+        if tokens is None or counts is None or not len(counts):
             return new
-        memory, tokens = self._memory, new.token_ids
+        if cuts_at_stops:
+            tokens, counts = self._cut_at_stops(new.rows, tokens, counts)
+            new = new._replace(token_ids=tokens, num_tokens=counts)
+        memory = self._memory
         firsts = counts.cumsum() - counts
         for nth in range(int(counts.max())):
             longer = counts > nth
-            memory.extend(new.rows[longer], None if tokens is None else tokens[firsts[longer] + nth])
+            memory.extend(new.rows[longer], tokens[firsts[longer] + nth])
         self.counters.num_drafts += int(np.add.reduce(memory.sequences.num_drafts[new.rows]))
         self.counters.num_accepted_drafts += int(np.add.reduce(counts - 1))
         memory.drafts.settle(new.rows, counts - 1)
         return new
 
-    def _cut_at_stops(self, new: NewTokens) -> NewTokens:
-        if new.token_ids is None or new.num_tokens is None:
-            return new
-        tokens, counts = new.token_ids.tolist(), new.num_tokens.copy()
+    def _cut_at_stops(self, rows: Rows, token_ids: Int32s, counts: Int64s) -> tuple[Int32s, Int64s]:
+        """Tokens up to the first that ends its row, and how many those are. O(tokens)."""
+        tokens, kept = token_ids.tolist(), counts.copy()
         firsts = counts.cumsum() - counts
         for i in (counts > 1).nonzero()[0].tolist():
-            stops = self._running.samples[new.rows[i]].request.stop_token_ids
+            stops = self._running.samples[rows[i]].request.stop_token_ids
             first = int(firsts[i])
             run = tokens[first : first + int(counts[i])]
-            counts[i] = next((nth for nth, token in enumerate(run, start=1) if token in stops), len(run))
-        return new._replace(token_ids=new.token_ids[packed_runs(firsts, counts)], num_tokens=counts)
+            kept[i] = next((nth for nth, token in enumerate(run, start=1) if token in stops), len(run))
+        return token_ids[packed_runs(firsts, kept)], kept

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
 from pagedkv.errors import InvalidArgumentError
-from pagedkv.scheduler.plan import StepPlan
+from pagedkv.scheduler.plan import PlanDrafts, StepPlan
 
 __all__ = ["NewTokens", "StepOutcome", "checked_outcome"]
 
@@ -87,8 +87,8 @@ def checked_outcome(
             raise InvalidArgumentError("token_ids may be None only while every prompt is simulated")
         return NewTokens(rows, None, None, stopped)
     tokens = as_token_ids("token_ids", token_ids)
-    if num_tokens is not None:
-        _check_accepted(plan, tokens, num_tokens)
+    if plan.drafts is not None and num_tokens is not None:
+        _check_accepted(plan.sampling_rows, plan.drafts, tokens, num_tokens)
     elif len(tokens) != len(rows):
         raise InvalidArgumentError(f"{len(rows)} rows sample in this step, found {len(tokens)} tokens")
     return NewTokens(rows, tokens, num_tokens, stopped)
@@ -127,16 +127,14 @@ def _checked_flags(plan: StepPlan, stopped: Sequence[bool] | Bools | None) -> Bo
     return flags if flags.any() else None
 
 
-def _check_accepted(plan: StepPlan, token_ids: Int32s, num_tokens: Int64s) -> None:
+def _check_accepted(rows: Rows, drafts: PlanDrafts, token_ids: Int32s, num_tokens: Int64s) -> None:
     """Raise InvalidArgumentError unless all tokens of a row but its last are its first drafts."""
     if len(token_ids) != int(np.add.reduce(num_tokens)):
         raise InvalidArgumentError(f"num_tokens add up to {num_tokens.sum()}, found {len(token_ids)} tokens")
-    if plan.drafts is None:
-        return
-    accepted = plan.drafts.first(num_tokens - 1)
+    accepted = drafts.first(num_tokens - 1)
     is_last = np.zeros(len(token_ids), np.bool_)
     is_last[num_tokens.cumsum() - 1] = True
     wrong = (token_ids[~is_last] != accepted).nonzero()[0]
     if len(wrong):
-        owner = plan.sampling_rows.repeat(num_tokens - 1)[wrong[0]]
+        owner = rows.repeat(num_tokens - 1)[wrong[0]]
         raise InvalidArgumentError(f"row {owner}: all new tokens but the last must equal its drafts, one does not")
