@@ -1,0 +1,104 @@
+"""Who gets a seat, and how many tokens with it; what admission does where its own counting was wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, UnknownIdError
+from pagedkv.row_memory import RowMemory
+from pagedkv.scheduler import Request, Scheduler, SchedulerConfig, Swap
+
+
+def make_scheduler(*, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, **config) -> Scheduler:
+    """Blocks of two tokens."""
+    manager = KVCacheManager(CacheConfig(num_blocks, 2, host))
+    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap())
+
+
+def step(scheduler: Scheduler):
+    plan = scheduler.schedule(0.0)
+    scheduler.update(plan, [1] * len(plan.sampling_rows), 0.0)
+    return plan
+
+
+def planned(plan) -> dict[str, int]:
+    """Tokens of each request that begins or comes back in this plan."""
+    tokens = dict(zip(plan.rows.tolist(), plan.num_tokens.tolist(), strict=True))
+    return {seat.request_id: tokens[seat.row] for seat in plan.admitted}
+
+
+@pytest.fixture
+def swapped() -> Scheduler:
+    """Four blocks: `old` holds all of them, `young` with its one block of two tokens was moved to the host."""
+    scheduler = make_scheduler(num_blocks=4, host=4)
+    scheduler.add(Request("old", [1, 2, 3, 4, 5], 4), 0.0)
+    scheduler.add(Request("young", [6], 4), 0.0)
+    step(scheduler)
+    step(scheduler)  # Tokens 6 of old and 2 of young fill their blocks.
+    plan = step(scheduler)
+    assert len(plan.swaps_out) == 1
+    return scheduler
+
+
+def test_without_chunks_a_prompt_is_admitted_if_the_rest_beyond_its_hit_fits_the_budget() -> None:
+    scheduler = make_scheduler(budget=6, chunked_prefill=False)
+    scheduler.add(Request("first", [1, 2, 3, 4], 1), 0.0)
+    step(scheduler)
+    scheduler.add(Request("tiny", [9], 1), 0.0)
+    scheduler.add(Request("longer", [1, 2, 3, 4, 5, 6], 1), 0.0)  # Six known, five of budget, four of them cached.
+    plan = scheduler.schedule(0.0)
+
+    assert planned(plan) == {"tiny": 1, "longer": 2}
+
+
+def test_without_chunks_a_prompt_that_exceeds_the_rest_of_the_budget_by_one_token_waits() -> None:
+    scheduler = make_scheduler(budget=6, chunked_prefill=False)
+    scheduler.add(Request("one", [9], 1), 0.0)
+    scheduler.add(Request("six", [1, 2, 3, 4, 5, 6], 1), 0.0)
+    assert planned(scheduler.schedule(0.0)) == {"one": 1}
+
+
+def test_without_chunks_a_prompt_that_fits_the_rest_of_the_budget_exactly_is_admitted() -> None:
+    scheduler = make_scheduler(budget=6, chunked_prefill=False)
+    scheduler.add(Request("one", [9], 1), 0.0)
+    scheduler.add(Request("five", [1, 2, 3, 4, 5], 1), 0.0)
+    assert planned(scheduler.schedule(0.0)) == {"one": 1, "five": 5}
+
+
+def test_a_swapped_request_that_does_not_fit_waits_on_the_host(swapped: Scheduler) -> None:
+    plan = step(swapped)
+
+    assert (plan.num_rows, len(plan.swaps_in), swapped.num_waiting) == (1, 0, 1)
+    assert swapped.manager.memory.host_pool.num_used == 1
+    swapped.check_invariants()
+
+
+def test_blocks_that_are_not_there_when_they_are_taken_are_our_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(Request("a", [1, 2, 3], 1), 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowMemory, "try_append_run", lambda *_: None)
+        with pytest.raises(InvariantViolation, match="I11: admission of 'a' counted blocks that are not there"):
+            scheduler.schedule(0.0)
+
+    scheduler.check_invariants()
+    assert planned(scheduler.schedule(0.0)) == {"a": 3}
+
+
+def test_blocks_that_are_not_there_for_a_swap_in_are_our_bug(
+    swapped: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swapped.abort("old", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowMemory, "try_swap_in", lambda *_: None)
+        with pytest.raises(InvariantViolation, match="I11: swap in of 'young' counted blocks that are not there"):
+            swapped.schedule(0.0)
+
+    swapped.check_invariants()
+    plan = swapped.schedule(0.0)
+    assert (planned(plan), len(plan.swaps_in)) == ({"young": 1}, 1)
+
+
+def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
+    with pytest.raises(UnknownIdError, match="no live request 'gone'"):
+        make_scheduler().outputs("gone")
