@@ -47,10 +47,8 @@ class SharedTails:
         holders: dict[int, int] = {}
         copied = []
         for i in np.flatnonzero(table.has_shared_tail[rows]).tolist():
-            block_idx, offset = divmod(int(starts[i]), table.block_size)
-            if offset == 0:
-                continue
-            block_id = int(table.block_tables[rows[i], block_idx])
+            # A marked row has a partly filled block: whatever moves its end to a boundary takes the mark away.
+            block_id = int(table.block_tables[rows[i], int(starts[i]) // table.block_size])
             one = np.array([block_id])
             num_holders = holders.get(block_id, int(self._pool.counts(one)[0]))
             if num_holders > 1 or bool(self._pool.is_named(one)[0]):

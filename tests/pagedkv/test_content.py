@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv import InvalidArgumentError, SimulatedPrompt
+from pagedkv import CacheConfig, InvalidArgumentError, KVCacheManager, SimulatedPrompt
 from pagedkv.content import SimulatedContent, TokenContent
 
 ROOT = bytes(32)
@@ -174,3 +174,18 @@ def test_a_simulated_sequence_that_was_cut_gets_new_names_after_the_cut() -> Non
     assert content.key(0) == old[0]
     assert content.key(1) not in old
     assert content.key(2) not in old
+
+
+def test_a_truncated_simulated_sequence_goes_on_under_other_names() -> None:
+    manager = KVCacheManager(CacheConfig(num_blocks=6, block_size=2))
+    for sequence_id in ("a", "b"):
+        manager.open(sequence_id, SimulatedPrompt(4, [7, 8], 2))
+        manager.append(sequence_id, 4 - manager.num_computed(sequence_id))
+    manager.truncate("a", 2)
+    manager.extend("a", 2)
+    manager.append("a", 2)
+
+    row = manager.row("a")
+    first, second = manager.memory.sequences.content(row).keys(2)[:2]
+    assert (first, second < 0) == (7, True)
+    manager.check_invariants()

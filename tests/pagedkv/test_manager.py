@@ -40,6 +40,8 @@ def busy() -> KVCacheManager:
 MISTAKES: dict[str, tuple[type[Exception], Callable[[KVCacheManager], object]]] = {
     "open: duplicate id": (DuplicateIdError, lambda m: m.open("a", [1])),
     "open: duplicate id of a swapped sequence": (DuplicateIdError, lambda m: m.open("s", [1])),
+    "open: an id that cannot be hashed": (InvalidArgumentError, lambda m: m.open(["b"], [1])),
+    "fork: an id that cannot be hashed": (InvalidArgumentError, lambda m: m.fork("a", ["b"])),
     "open: empty prompt": (InvalidArgumentError, lambda m: m.open("b", [])),
     "open: floats": (InvalidArgumentError, lambda m: m.open("b", [1.0])),
     "open: NaN": (InvalidArgumentError, lambda m: m.open("b", [float("nan")])),

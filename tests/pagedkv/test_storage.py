@@ -413,6 +413,7 @@ BAD_MOVES = [
         "copies.sources must be one row of block ids",
     ),
     ("swaps_in", BlockCopies(ids(0), np.array([True])), InvalidArgumentError, "swaps_in.targets must be one row"),
+    ("copies", BlockCopies([[0], [1, 0]], ids(1)), InvalidArgumentError, "copies.sources must be one row of block ids"),
     ("swaps_in", BlockCopies(ids(0)[None], ids(0)), InvalidArgumentError, "swaps_in.sources must be one row"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,3 +290,11 @@ def test_a_damaged_file_is_refused_or_gives_the_very_bytes_that_were_saved(
     else:
         assert loaded == SavedBlocks(2, 4, {"k": "v"})
         np.testing.assert_array_equal(contents(storage)["device"][[2, 1]], before["device"][[0, 1]])
+
+
+def test_without_safetensors_saving_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = filled(small_spec(), 2)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"saved blocks need safetensors: pip install 'pagedkv\[torch\]'"):
+        storage.save_blocks(tmp_path / "blocks", ids(0))
+    assert not list(tmp_path.iterdir())
