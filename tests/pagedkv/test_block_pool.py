@@ -214,6 +214,28 @@ def test_a_long_call_that_names_a_block_twice_is_refused() -> None:
     assert pool.num_used == 200
 
 
+@pytest.mark.parametrize("wrong", [-1, 300])
+def test_a_long_call_with_an_id_beyond_the_pool_is_refused(wrong: int) -> None:
+    pool = BlockPool(300)
+    taken = pool.allocate(200)
+    with pytest.raises(BlockStateError, match=r"must be in 0\.\.299"):
+        pool.release(np.concatenate((taken, ids(wrong))))
+    assert pool.num_used == 200
+
+
+def test_a_long_call_reaches_every_block_from_the_first_to_the_last() -> None:
+    pool = BlockPool(200)
+    pool.release(pool.allocate(200)[::-1])
+    assert pool.order() == list(range(200))
+
+
+def test_only_blocks_without_a_holder_count_as_evictable(pool: BlockPool) -> None:
+    pool.allocate(1)  # Block 3: held once, and without a name.
+    assert pool.num_evictable_among(ids(0, 1, 2, 3)) == 1
+    assert pool.num_evictable_among(ids(3)) == 0
+    assert pool.num_evictable_among(ids()) == 0
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=60))
 def test_draining_and_refilling_in_any_sizes_loses_no_block(moves: list[tuple[bool, int]]) -> None:
     pool = BlockPool(12)

@@ -119,3 +119,24 @@ def test_a_wrong_outcome_is_refused_and_the_plan_stays_in_flight(outcome, messag
     assert scheduler.in_flight is plan
     assert [output.token_id for output in scheduler.update(plan, [7, 8], 0.0).outputs] == [7, 8]
     scheduler.check_invariants()
+
+
+@pytest.mark.parametrize("plan", [None, 0, "plan"])
+def test_what_is_no_plan_is_refused_and_the_plan_stays_in_flight(plan: object) -> None:
+    scheduler = make_scheduler(Request("a", [1, 2, 3], 5))
+    in_flight = scheduler.schedule(0.0)
+    for call in (lambda: scheduler.update(plan, [7], 0.0), lambda: scheduler.fail(plan, 0.0)):
+        with pytest.raises(InvalidArgumentError, match="expected the plan in flight, found "):
+            call()
+    assert scheduler.in_flight is in_flight
+
+
+def test_the_tokens_so_far_of_each_live_sample_can_be_read() -> None:
+    scheduler = make_scheduler(Request("a", [1, 2, 3], 5, n=2), Request("b", [4], 5))
+    scheduler.update(scheduler.schedule(0.0), [7, 9, 8], 0.0)
+    scheduler.update(scheduler.schedule(0.0), [17, 19, 18], 0.0)
+    scheduler.add(Request("c", [5], 5), 0.0)
+
+    assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("a").items()} == {0: [7, 17], 1: [8, 18]}
+    assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("b").items()} == {0: [9, 19]}
+    assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("c").items()} == {0: []}
