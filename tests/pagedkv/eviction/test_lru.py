@@ -1,5 +1,6 @@
 """LRU: order of letting go, which makes leaves go first by itself."""
 
+import numpy as np
 import pytest
 
 from pagedkv import InvariantViolation
@@ -41,6 +42,42 @@ def test_holes_are_squeezed_out_of_a_full_log(chains):
     for _ in range(100):
         cache.use("a", "b")
     assert cache.order == ["a", "b"]
+
+
+def test_a_victim_behind_more_holes_than_one_look_covers_is_found():
+    policy = LRU(100)
+    policy.add(np.arange(100))
+    policy.remove(np.arange(99))
+    assert policy.evict(1).tolist() == [99]
+    policy.check_invariants()
+    assert len(policy) == 0
+
+
+def test_victims_and_holes_leave_the_head_of_the_log_together():
+    policy = LRU(100)
+    policy.add(np.arange(100))
+    policy.remove(np.array([0, 2, 4, 99]))
+    assert policy.evict(3).tolist() == [1, 3, 5]
+    policy.check_invariants()
+    assert (len(policy), list(policy.order())) == (93, list(range(6, 99)))
+
+
+def test_the_log_has_room_for_every_block_at_any_time():
+    policy = LRU(200)
+    for _ in range(5):
+        policy.add(np.arange(200))
+        assert policy.evict(200).tolist() == list(range(200))
+    policy.check_invariants()
+
+
+def test_squeezing_a_full_log_keeps_the_order_and_where_each_block_stands():
+    policy = LRU(100)
+    for _ in range(5):  # 264 places: the third round finds the log full.
+        policy.add(np.arange(0, 100, 2))
+        policy.add(np.arange(1, 100, 2))
+        policy.remove(np.arange(10, 100))
+        policy.check_invariants()
+        assert policy.evict(10).tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
 
 
 def test_the_recount_finds_a_block_that_was_lost(chains):

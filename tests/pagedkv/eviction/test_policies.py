@@ -36,6 +36,17 @@ def test_a_policy_for_no_blocks_is_empty(name):
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
+def test_no_victims_are_none_and_change_nothing(chains, name):
+    cache = chains(make_policy(name, 4), 4)
+    cache.use("a", "b", "c", "b")
+    held = cache.open("a")
+    order = cache.order
+    assert cache.pool.policy.evict(0).tolist() == []
+    assert cache.order == order
+    cache.close(held)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
 def test_looking_at_the_order_changes_nothing(chains, name):
     cache = chains(make_policy(name, 4), 4)
     cache.use("ab", "ab", "c", "d", "ab", "e")
