@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # seen from the folder above it.
 EDITABLE := --config-settings editable_mode=compat --editable
 
-.PHONY: demo demo-engine test check slow soak bench gpu-check clean
+.PHONY: demo demo-engine test mutants check slow soak bench gpu-check clean
 
 demo: .venv/demo ## Replay the sample trace and say where the report is.
 	$(BIN)/pagedkv replay --out out-demo
@@ -24,7 +24,10 @@ slow: .venv/test ## Run the slow tests too.
 soak: .venv/test ## The long checks: an hour of fuzzing (SECONDS=60 for less), long forms of tests on trust, every mutant.
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),3600)
 	$(BIN)/python -m pytest -m slow tests/security tests/fuzz tests/pagedkv
-	$(BIN)/python benchmarks/mutation.py --sample 0
+	$(BIN)/python benchmarks/mutation.py --sample 0 --thorough
+
+mutants: .venv/test ## Plant 150 small bugs, one at a time, and see whether the tests notice. ARGS="--sample 0" for all.
+	$(BIN)/python benchmarks/mutation.py $(ARGS)
 
 check: .venv/test ## Lint, format and types.
 	$(BIN)/ruff check .

@@ -1,45 +1,67 @@
-"""Do the tests notice? Small bugs are planted in the memory's and the queue's code, one at a time, and the tests run.
+"""Do the tests notice? Small bugs are planted in the memory's and the scheduler's code, one at a time, and the tests run.
 
-    python benchmarks/mutation.py --sample 150 --seed 1 [--module pagedkv/block_pool.py] [--json out.json]
+    python benchmarks/mutation.py --sample 150 --seed 1 [--only pagedkv/block_pool.py] [--json out.json]
+    python benchmarks/mutation.py --part scheduler --sample 100
 
-Works on a copy in a temporary folder. Same seed and source, same mutants. A mutant is killed if a test fails or its time
-runs out; survivors are printed with file, line and change. The score is killed / (all - equivalent): mutants that cannot
-be told from the original are listed by hand in EQUIVALENT, with the reason.
+Works on a copy in a temporary folder. Same seed and source, same mutants. A mutant is killed if a test fails, or takes more
+than ten times its CPU time; survivors are printed with file, line and change. The score is killed / (all - equivalent):
+mutants that cannot be told from the original are listed by hand in EQUIVALENT, with the reason. `mutants.py` says what is
+planted, `mutation_runs.py` how tests are run.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-ROOT = Path(__file__).resolve().parents[1]
+from mutants import Mutant, mutants_of
+from mutation_runs import Verdict, measure_baseline, run_mutants
 
-QUICK = ("test_manager", "test_row_memory", "test_behaviours", "test_recount", "test_checks")
-POLICIES = ("lru", "fifo", "s3fifo", "sieve", "prefix_tree", "policies")
-THOROUGH = ("tests/pagedkv/eviction", "tests/pagedkv/test_state_machine.py")
-MEMORY_TESTS = (*(f"tests/pagedkv/{name}.py" for name in QUICK), *THOROUGH)
-EVICTION_TESTS = (*(f"tests/pagedkv/eviction/test_{name}.py" for name in POLICIES), *MEMORY_TESTS)
-# The quickest tests come first: they kill most.
-TESTS = {
-    "pagedkv/block_pool.py": ("tests/pagedkv/test_block_pool.py", "tests/pagedkv/test_prefix_cache.py", *MEMORY_TESTS),
-    "pagedkv/prefix_cache.py": ("tests/pagedkv/test_prefix_cache.py", *MEMORY_TESTS),
-    **{
-        f"pagedkv/eviction/{name}.py": EVICTION_TESTS
-        for name in ("fifo", "leaf_first", "leaf_heap", "lru", "policies", "prefix_tree", "s3fifo", "sieve")
-    },
-    "pagedkv/scheduler/waiting_queue.py": ("tests/scheduler",),
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST_S = 1.0
+"""What no quicker test notices costs every test that enters its function: long ones decide few mutants at a high price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Files that are changed together, and the tests that ought to notice."""
+
+    paths: tuple[str, ...]
+    tests: tuple[str, ...]
+    unfit: tuple[str, ...] = ()  # Test files that can say nothing, by the beginning of their names.
+    long: tuple[str, ...] = ()  # Test files that take longer than all others together.
+
+
+PARTS = {
+    "memory": Part(
+        paths=(
+            "pagedkv/block_pool.py",
+            "pagedkv/prefix_cache.py",
+            *(
+                f"pagedkv/eviction/{name}.py"
+                for name in ("fifo", "leaf_first", "leaf_heap", "lru", "policies", "prefix_tree", "s3fifo", "sieve")
+            ),
+        ),
+        tests=("tests/pagedkv",),
+        # Planted bugs are looked for in the source; storage knows nothing of these files, and costs an import of torch.
+        unfit=("test_planted_bugs", "test_storage"),
+        long=("test_state_machine", "test_policy_machine", "test_golden_counts"),
+    ),
+    "queue": Part(paths=("pagedkv/scheduler/waiting_queue.py",), tests=("tests/scheduler",)),
+    "scheduler": Part(
+        paths=tuple(
+            f"pagedkv/scheduler/{name}.py"
+            for name in ("admission", "ending", "order", "preemption", "refusal", "rollback", "shortage")
+        ),
+        tests=("tests/scheduler",),
+    ),
 }
 # (file, its line, change) -> why nobody could tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -71,134 +93,54 @@ settings.register_profile("mutants", deadline=None, derandomize=True, database=N
 settings.load_profile("mutants")
 """
 
-COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.FloorDiv,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-    ast.LShift: ast.RShift,
-    ast.RShift: ast.LShift,
-}
 
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one file: which node, what is done to it."""
-
-    path: str
-    place: int
-    kind: str
-    line: int
-    change: str
-    context: str
-
-
-def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AST | None]]]:
-    """What can be done to a node: a name, and a function that changes a copy of it; None removes a statement."""
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
-        yield "comparison", lambda n: _with(n, ops=[COMPARISONS[type(n.ops[0])](), *n.ops[1:]])
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        yield "operator", lambda n: _with(n, op=OPERATORS[type(n.op)]())
-    if isinstance(node, ast.AugAssign) and type(node.op) in OPERATORS:
-        yield "operator", lambda n: _with(n, op=OPERATORS[type(n.op)]())
-    if isinstance(node, ast.BoolOp):
-        yield "and/or", lambda n: _with(n, op=ast.Or() if isinstance(n.op, ast.And) else ast.And())
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        yield "sign", lambda n: n.operand
-    if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.Compare):
-        yield "condition", lambda n: _with(n, test=ast.UnaryOp(ast.Not(), n.test))
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        yield "number + 1", lambda n: ast.Constant(n.value + 1)
-    if isinstance(node, ast.Constant) and type(node.value) is bool:
-        yield "not", lambda n: ast.Constant(not n.value)
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and node.slice.step is not None:
-        yield "not reversed", lambda n: _with(n, slice=ast.Slice(n.slice.lower, n.slice.upper, None))
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield "call left out", lambda _: ast.Pass()
-    if isinstance(node, ast.Assign | ast.AugAssign) and isinstance(_target(node), ast.Attribute | ast.Subscript):
-        yield "assignment left out", lambda _: ast.Pass()
-    if isinstance(node, ast.Delete):
-        yield "del left out", lambda _: ast.Pass()
-    if isinstance(node, ast.Break | ast.Continue):
-        yield "loop", lambda _: ast.Pass()
-
-
-def _with(node: ast.AST, **fields: object) -> ast.AST:
-    changed = copy.copy(node)
-    for name, value in fields.items():
-        setattr(changed, name, value)
-    return changed
-
-
-def _target(node: ast.Assign | ast.AugAssign) -> ast.expr:
-    return node.target if isinstance(node, ast.AugAssign) else node.targets[0]
-
-
-def places(tree: ast.Module) -> list[ast.AST]:
-    """Nodes of code that runs, in the order of the source: no docstrings, annotations, messages or checks of types."""
-    found: list[ast.AST] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Raise | ast.Assert | ast.Import | ast.ImportFrom):
+def main() -> None:
+    options = parsed_options()
+    verdicts: list[Verdict] = []
+    num_all = 0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        copy_project(folder)  # Before the mutants are listed: the checkout may change meanwhile.
+        everything = [
+            mutant
+            for part in options.part
+            for path in PARTS[part].paths
+            if not options.only or path in options.only
+            for mutant in mutants_of(path, (folder / path).read_text())
+        ]
+        num_all = len(everything)
+        chosen = everything
+        if 0 < options.sample < num_all:
+            chosen = Random(options.seed).sample(everything, options.sample)  # noqa: S311 - repeatable, not secret
+        if options.list:
+            print(*chosen, sep="\n")
             return
-        found.append(node)
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "type_comment"):
-                continue
-            if (
-                name == "value"
-                and isinstance(node, ast.Assign)
-                and ast.unparse(node.targets[0]) in ("__slots__", "__all__")
-            ):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
-                    visit(child)
-
-    visit(tree)
-    return found
+        for part in options.part:
+            of_part = [mutant for mutant in chosen if mutant.path in PARTS[part].paths]
+            if of_part:
+                verdicts += hunt(folder, PARTS[part], of_part, options)
+    report(verdicts, num_all, options, time.monotonic() - started)
 
 
-def mutants_of(path: str, source: str) -> list[Mutant]:
-    lines = source.splitlines()
-    found = []
-    for place, node in enumerate(places(ast.parse(source))):
-        for kind, change in changes(node):
-            before = ast.unparse(node).splitlines()[0]
-            changed = change(node)
-            after = ast.unparse(ast.fix_missing_locations(changed)).splitlines()[0] if changed is not None else ""
-            line = getattr(node, "lineno", 0)
-            context = lines[line - 1].strip() if line else ""
-            found.append(Mutant(path, place, kind, line, f"{before} -> {after}", context))
-    return found
-
-
-def mutated(source: str, mutant: Mutant) -> str:
-    """The source of a file with one mutant in it."""
-    tree = ast.parse(source)
-    wanted = places(tree)[mutant.place]
-    change = dict(changes(wanted))[mutant.kind]
-
-    class Planter(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> ast.AST | None:
-            return change(node) if node is wanted else self.generic_visit(node)
-
-    return ast.unparse(ast.fix_missing_locations(Planter().visit(tree)))
+def parsed_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=150, help="how many mutants; 0: all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: memory and queue")
+    files = [path for part in PARTS.values() for path in part.paths]
+    parser.add_argument("--only", action="append", choices=files, metavar="FILE", help="mutants of this file only")
+    parser.add_argument(
+        "--thorough", action="store_true", help=f"with tests that take more than {LONGEST_S} s of CPU too"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--list", action="store_true", help="only print the mutants")
+    options = parser.parse_args()
+    if options.only:
+        options.part = [name for name, part in PARTS.items() if set(options.only) & set(part.paths)]
+    options.part = options.part or ["memory", "queue"]
+    return options
 
 
 def copy_project(folder: Path) -> None:
@@ -211,86 +153,44 @@ def copy_project(folder: Path) -> None:
         file.write(PROFILE)
 
 
-def run_tests(folder: Path, tests: tuple[str, ...], limit_s: float) -> tuple[bool, str]:
-    """Whether all tests pass, and the name of the first that fails."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
-    command += ["--deselect", "tests/pagedkv/test_planted_bugs.py", "--tb", "no"]
-    try:
-        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return False, "time ran out"
-    failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if ran.returncode not in (0, 1, 2, 3, 4):
-        raise RuntimeError(f"pytest ended with {ran.returncode}: {ran.stdout[-500:]}{ran.stderr[-500:]}")
-    return ran.returncode == 0, failed[0] if failed else ""
+def hunt(folder: Path, part: Part, mutants: list[Mutant], options: argparse.Namespace) -> list[Verdict]:
+    """Run the tests of every mutant, and print what became of each."""
+    left_out = part.unfit if options.thorough else part.unfit + part.long
+    tests = [
+        str(path.relative_to(folder))
+        for name in part.tests
+        for path in sorted((folder / name).rglob("test_*.py"))
+        if not path.stem.startswith(left_out)
+    ]
+    baseline = measure_baseline(folder, part.paths, tests)
+    seconds = baseline.seconds.values()
+    quick = baseline if options.thorough else baseline.without_those_over(LONGEST_S)
+    print(f"{len(seconds)} tests pass without a mutant in {sum(seconds):.0f} s,", end=" ")
+    print(f"{len(quick.seconds)} of them in {sum(quick.seconds.values()):.0f} s: these are run", flush=True)
+    verdicts = []
+    for verdict in run_mutants(folder, mutants, quick, options.jobs):
+        verdicts.append(verdict)
+        what = "SURVIVED" if verdict.killer is None else "killed  "
+        print(f"{len(verdicts):4} {what} {verdict.cpu_s:5.1f} s {verdict.mutant}    by: {verdict.killer}", flush=True)
+    return verdicts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=150, help="how many mutants; 0: all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--module", action="append", choices=sorted(TESTS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--list", action="store_true", help="only print the mutants")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        folder = Path(name)
-        copy_project(folder)  # Before the mutants are listed: the checkout may change meanwhile.
-        everything = [
-            mutant for path in options.module or TESTS for mutant in mutants_of(path, (folder / path).read_text())
-        ]
-        chosen = everything
-        if 0 < options.sample < len(everything):
-            chosen = Random(options.seed).sample(everything, options.sample)  # noqa: S311 - repeatable, not secret
-        if options.list:
-            for mutant in chosen:
-                print(f"{mutant.path}:{mutant.line}: {mutant.kind}: {mutant.change}    in: {mutant.context}")
-            return
-        results = measure(folder, chosen)
-    report(results, len(everything), options)
-
-
-def measure(folder: Path, chosen: list[Mutant]) -> list[tuple[Mutant, bool, str]]:
-    """Run the tests of every mutant; (mutant, whether it survived, what killed it)."""
-    limits: dict[tuple[str, ...], float] = {}
-    for tests in sorted({TESTS[mutant.path] for mutant in chosen}):
-        started = time.monotonic()
-        passed, failed = run_tests(folder, tests, 1200)
-        if not passed:
-            raise SystemExit(f"{tests} fail without any mutant: {failed}")
-        limits[tests] = 10 + 5 * (time.monotonic() - started)
-    results = []
-    for number, mutant in enumerate(chosen, 1):
-        original = (folder / mutant.path).read_text()
-        (folder / mutant.path).write_text(mutated(original, mutant))
-        survived, killer = run_tests(folder, TESTS[mutant.path], limits[TESTS[mutant.path]])
-        (folder / mutant.path).write_text(original)
-        results.append((mutant, survived, killer))
-        verdict = "SURVIVED" if survived else "killed  "
-        print(
-            f"{number:4} {verdict} {mutant.path}:{mutant.line}: {mutant.kind}: {mutant.change}    in: {mutant.context}",
-            flush=True,
-        )
-    return results
-
-
-def report(results: list[tuple[Mutant, bool, str]], num_all: int, options: argparse.Namespace) -> None:
-    survivors = [mutant for mutant, survived, _ in results if survived]
+def report(verdicts: list[Verdict], num_all: int, options: argparse.Namespace, wall_s: float) -> None:
+    survivors = [verdict.mutant for verdict in verdicts if verdict.killer is None]
     equivalent = [mutant for mutant in survivors if (mutant.path, mutant.context, mutant.change) in EQUIVALENT]
-    num_told = len(results) - len(equivalent)
+    num_killed, num_told = len(verdicts) - len(survivors), len(verdicts) - len(equivalent)
     summary = {
         "num_mutants": num_all,
-        "num_tried": len(results),
-        "num_killed": len(results) - len(survivors),
-        "num_timed_out": sum(killer == "time ran out" for _, _, killer in results),
+        "num_tried": len(verdicts),
+        "num_killed": num_killed,
+        "num_timed_out": sum(verdict.ran_out_of_time for verdict in verdicts),
         "num_equivalent": len(equivalent),
-        "score": round((len(results) - len(survivors)) / num_told, 3) if num_told else 1.0,
+        "score": round(num_killed / num_told, 3) if num_told else 1.0,
         "seed": options.seed,
+        "cpu_s": round(sum(verdict.cpu_s for verdict in verdicts), 1),
+        "wall_s": round(wall_s, 1),
         "python": sys.version.split()[0],
-        "survivors": [
-            f"{m.path}:{m.line}: {m.kind}: {m.change}    in: {m.context}" for m in survivors if m not in equivalent
-        ],
+        "survivors": sorted(str(mutant) for mutant in survivors if mutant not in equivalent),
     }
     print(json.dumps(summary, indent=2))
     if options.json:
