@@ -1,7 +1,8 @@
 """Attention through block tables: tensors in, tensors out; it knows no request.
 
 `paged_attention` reads, `write_kv` writes, `plan` divides a step's work once for all layers, `merge_states` puts partial
-results together; `cascade_attention` reads a prefix that many share once. `backend_info()` says what runs here.
+results together; `cascade_attention` reads a prefix that many share once, and so does a `plan` that is told of it by
+`shared_with_previous`. `backend_info()` says what runs here.
 """
 
 try:
@@ -18,6 +19,7 @@ from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedE
 from pagedkv.attention.formats import CacheFormat, format_of, scale_shape
 from pagedkv.attention.merge import merge_states
 from pagedkv.attention.op import paged_attention, write_kv
+from pagedkv.attention.shared_prefixes import order_by_prefix, shared_with_previous
 from pagedkv.attention.step_plan import AttentionPlan, plan
 from pagedkv.attention.tree_mask import pack_tree_mask, tree_mask_from_parents
 
@@ -30,6 +32,8 @@ __all__ = [
     "cascade_attention",
     "plan_cascade",
     "CascadePlan",
+    "order_by_prefix",
+    "shared_with_previous",
     "pack_tree_mask",
     "tree_mask_from_parents",
     "CacheFormat",

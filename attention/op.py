@@ -143,6 +143,8 @@ def paged_attention(
         raise AttentionArgumentError(f"softcap must be above 0, or None, found {softcap}")
     if plan is not None:
         _check_plan(plan, query, key_cache, seq_lens, causal, (left, right), backend)
+        if plan.shares_prefixes and (tree_mask is not None or alibi_slopes is not None):
+            raise AttentionArgumentError("a plan with shared prefixes goes with neither tree_mask nor alibi_slopes")
         if tree_mask is not None:
             check_tree_mask(tree_mask, plan.max_query_len)
         backend = plan.backend

@@ -22,6 +22,7 @@ class Partition:
     query_tile:       query tokens of one prefill task
     min_split:        keys that a task reads at least before its keys are split; a multiple of it is a split's length
     tasks_per_worker: how many tasks a worker should get, so that ragged ends even out
+    shares_prefixes:  whether a task may hold query tokens of several sequences
     """
 
     num_workers: int
@@ -29,6 +30,7 @@ class Partition:
     query_tile: int
     min_split: int
     tasks_per_worker: int = 4
+    shares_prefixes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pagedkv.attention.backends import backend_named, pick_for_device
 from pagedkv.attention.checks import checked_window
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import Int32s, PlanCounts, make_plan
+from pagedkv.attention.shared_prefixes import make_shared_plan
 
 __all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "plan"]
 
@@ -42,6 +43,8 @@ class AttentionPlan:
     causal: bool
     window: tuple[int, int]
     backend: str
+    shares_prefixes: bool = False
+    """Whether some tasks serve several sequences: then there is neither a window, nor ALiBi, nor a tree mask."""
 
     def take_over(self, other: AttentionPlan) -> None:
         """Become the plan of another step in place: the tensors that a captured CUDA graph reads get `other`'s tasks.
@@ -79,6 +82,7 @@ def plan(
     device: torch.device | str = "cpu",
     backend: str | None = None,
     fixed_size: bool = False,
+    shared: Int32s | None = None,
 ) -> AttentionPlan:
     """Divide the work of one step among the device's workers: once per step, for all layers that look alike.
 
@@ -88,6 +92,8 @@ def plan(
     backend: the one that will be asked; None takes the first that runs on the device, before the call's features are known
     fixed_size: as many tasks as any lengths can need, empty ones among them, so that `take_over` can renew the plan of a
         captured CUDA graph
+    shared: (seqs,) int32, by `shared_with_previous`: prefixes that are read once for several decodes, where the backend
+        can do that and it pays. Then the call may have no ALiBi slopes and no tree mask
 
     Raises AttentionArgumentError on lengths that are no batch's and on table entries out of range. O(seqs + tasks).
     """
@@ -103,10 +109,18 @@ def plan(
         check_block_tables(tables, lengths, starts, num_blocks=num_blocks, block_size=block_size, window_left=sides[0])
     device = torch.device(device)
     chosen = pick_for_device(device) if backend is None else backend_named(backend)
-    tasks, merges, counts = make_plan(
+    if shared is not None and _on_host("shared", shared, 1).shape != lengths.shape:
+        raise AttentionArgumentError(
+            f"shared must have an entry for each of {len(lengths)} seq_lens, found {len(shared)}"
+        )
+    partition = chosen.partition(num_q_heads, num_kv_heads, device)
+    made = None
+    if shared is not None and partition.shares_prefixes and causal and sides == (-1, -1) and not fixed_size:
+        made = make_shared_plan(lengths, starts, shared, partition, heads_per_kv_head=num_q_heads // num_kv_heads)
+    tasks, merges, counts = made or make_plan(
         lengths,
         starts,
-        chosen.partition(num_q_heads, num_kv_heads, device),
+        partition,
         heads_per_kv_head=num_q_heads // num_kv_heads,
         causal=causal,
         window=sides,
@@ -123,6 +137,7 @@ def plan(
         causal=causal,
         window=sides,
         backend=chosen.name,
+        shares_prefixes=made is not None,
     )
 
 

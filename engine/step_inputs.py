@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pagedkv.arrays import Int32s, Int64s
-from pagedkv.attention import AttentionPlan
+from pagedkv.attention import AttentionPlan, order_by_prefix, shared_with_previous
 from pagedkv.attention import plan as plan_attention
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["StepInputs"]
 
 Window = tuple[int, int] | None
+PlanKind = tuple[int, int, Window, bool]
+"""Query heads, KV heads, window, and whether prefixes may be shared."""
 
 
 def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -39,6 +41,7 @@ class StepInputs:
     __slots__ = (
         "_lengths",
         "_plans",
+        "_shared",
         "_starts",
         "block_tables",
         "logit_indices",
@@ -63,7 +66,8 @@ class StepInputs:
     ) -> None:
         self._lengths = seq_lens.astype(np.int32)
         self._starts = query_start_loc
-        self._plans: dict[tuple[int, int, Window], AttentionPlan] = {}
+        self._shared: Int32s | None = None
+        self._plans: dict[PlanKind, AttentionPlan] = {}
         self.token_ids = _on_device(token_ids.astype(np.int64)[None], device)
         self.positions = _on_device(positions[None], device)
         self.slot_mapping = _on_device(slot_mapping, device)
@@ -73,8 +77,18 @@ class StepInputs:
         self.logit_indices = _on_device(logit_indices, device)
 
     @classmethod
-    def of_plan(cls, plan: StepPlan, block_tables: Int32s | Tensor, device: torch.device) -> StepInputs:
-        """The whole step. `block_tables` are those of the plan's rows, (len(plan.rows), width), on the host or the device."""
+    def of_plan(
+        cls, plan: StepPlan, block_tables: Int32s | Tensor, device: torch.device, block_size: int | None = None
+    ) -> StepInputs:
+        """The whole step. `block_tables` are those of the plan's rows, (len(plan.rows), width), on the host or the device.
+
+        With a `block_size`, rows of a decode step that start with the same blocks are put next to each other, so that
+        attention can read these once; `logit_indices` say where each went.
+        """
+        if block_size is not None and isinstance(block_tables, np.ndarray) and plan.is_decode:
+            order = order_by_prefix(block_tables)
+            if order is not None:
+                return cls._of_ordered(plan, order, block_tables[order], device, block_size)
         return cls(
             token_ids=plan.token_ids,
             positions=plan.positions,
@@ -85,6 +99,25 @@ class StepInputs:
             logit_indices=plan.logit_indices,
             device=device,
         )
+
+    @classmethod
+    def _of_ordered(
+        cls, plan: StepPlan, order: Int64s, block_tables: Int32s, device: torch.device, block_size: int
+    ) -> StepInputs:
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        inputs = cls(
+            token_ids=plan.token_ids[order],
+            positions=plan.positions[order],
+            slot_mapping=plan.slot_mapping[order],
+            block_tables=block_tables,
+            seq_lens=plan.seq_lens[order],
+            query_start_loc=plan.query_start_loc,
+            logit_indices=places[plan.logit_indices],
+            device=device,
+        )
+        inputs._shared = shared_with_previous(block_tables, inputs._lengths, inputs._starts, block_size)
+        return inputs
 
     @classmethod
     def of_row(cls, plan: StepPlan, idx: int, block_tables: Int32s, device: torch.device) -> StepInputs:
@@ -102,9 +135,14 @@ class StepInputs:
             device=device,
         )
 
-    def plan_for(self, num_q_heads: int, num_kv_heads: int, window: Window) -> AttentionPlan:
-        """The attention plan that layers of these heads and this window share; made when the first of them asks."""
-        key = (num_q_heads, num_kv_heads, window)
+    def plan_for(
+        self, num_q_heads: int, num_kv_heads: int, window: Window, *, may_share: bool = False
+    ) -> AttentionPlan:
+        """The attention plan that layers of these heads and this window share; made when the first of them asks.
+
+        `may_share`: whether prefixes may be read once for several rows, which ALiBi does not allow.
+        """
+        key = (num_q_heads, num_kv_heads, window, may_share)
         made = self._plans.get(key)
         if made is None:
             made = self._plans[key] = plan_attention(
@@ -114,6 +152,7 @@ class StepInputs:
                 num_kv_heads=num_kv_heads,
                 window=window,
                 device=self.token_ids.device,
+                shared=self._shared if may_share else None,
             )
         return made
 

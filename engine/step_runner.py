@@ -54,4 +54,4 @@ class StepRunner:
                 return logits
         width = cdiv(int(np.maximum.reduce(plan.seq_lens)), self.model.block_size)
         own = tables[:, :width][plan.rows] if self._tables is None else self._tables.gather(plan.rows, width)
-        return self.model.forward(StepInputs.of_plan(plan, own, self.model.device))
+        return self.model.forward(StepInputs.of_plan(plan, own, self.model.device, self.model.block_size))

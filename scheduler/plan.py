@@ -117,6 +117,11 @@ class StepPlan:
         return inputs.seq_lens
 
     @property
+    def is_decode(self) -> bool:
+        """Whether the step is known to compute the last known token of each row, and nothing else. O(1)."""
+        return self.inputs.is_decode
+
+    @property
     def query_start_loc(self) -> Int32s:
         """(n + 1,) int32: row i's tokens stand at `query_start_loc[i]` to `query_start_loc[i + 1] - 1` when packed."""
         inputs = self.inputs

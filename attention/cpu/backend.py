@@ -177,6 +177,7 @@ def _partition(num_workers: int, group: int) -> Partition:
         max_decode_rows=max(MAX_DECODE_ROWS, group),
         query_tile=max(PREFILL_ROWS // group, 1),
         min_split=MIN_SPLIT,
+        shares_prefixes=True,
     )
 
 

@@ -13,7 +13,7 @@ from pagedkv.attention import AttentionPlan
 from pagedkv.attention import plan as plan_attention
 from pagedkv.engine.device.block_tables import DeviceBlockTables
 from pagedkv.engine.device.transfers import staged
-from pagedkv.engine.step_inputs import StepInputs, Window
+from pagedkv.engine.step_inputs import PlanKind, StepInputs, Window
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["DecodeStep"]
@@ -46,7 +46,7 @@ class DecodeStep(StepInputs):
         """Token ids, positions, and rows of the device's block tables."""
         self._lengths = np.zeros(size, np.int32)
         self._starts = np.arange(size + 1, dtype=np.int32)
-        self._plans: dict[tuple[int, int, Window], AttentionPlan] = {}
+        self._plans: dict[PlanKind, AttentionPlan] = {}
         self.block_tables = block_tables
         self.query_start_loc = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.logit_indices = torch.arange(size, device=device)
@@ -89,17 +89,24 @@ class DecodeStep(StepInputs):
         # Not `torch.where`: it would bring the number to the device by a copy, which no capture allows.
         self.slot_mapping = slots.masked_fill_(positions < 0, -1)
 
-    def plan_for(self, num_q_heads: int, num_kv_heads: int, window: Window) -> AttentionPlan:
+    def plan_for(
+        self,
+        num_q_heads: int,
+        num_kv_heads: int,
+        window: Window,
+        *,
+        may_share: bool = False,  # noqa: ARG002 - a graph's tasks are as many whatever rows share
+    ) -> AttentionPlan:
         """The plan of layers of this kind, in tensors that stay; made when the first of them asks, in the warm-up."""
-        kind = (num_q_heads, num_kv_heads, window)
+        kind = (num_q_heads, num_kv_heads, window, False)
         made = self._plans.get(kind)
         if made is None:
             made = self._plans[kind] = self._planned(kind, self.device, None)
         return made
 
-    def _planned(self, kind: tuple[int, int, Window], device: torch.device, backend: str | None) -> AttentionPlan:
+    def _planned(self, kind: PlanKind, device: torch.device, backend: str | None) -> AttentionPlan:
         """A plan of the loaded lengths. On the host it is as the device's, whose number of processors is asked for."""
-        num_q_heads, num_kv_heads, window = kind
+        num_q_heads, num_kv_heads, window, _ = kind
         return plan_attention(
             self._lengths,
             self._starts,

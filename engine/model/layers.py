@@ -129,7 +129,9 @@ class PagedLayer:
             alibi_slopes=shape.alibi_slopes,
             k_scale=self._k_scale,
             v_scale=self._v_scale,
-            plan=step.plan_for(shape.num_q_heads, shape.num_kv_heads, self._window),
+            plan=step.plan_for(
+                shape.num_q_heads, shape.num_kv_heads, self._window, may_share=shape.alibi_slopes is None
+            ),
         )
 
 
