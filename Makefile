@@ -21,9 +21,10 @@ slow: .venv/test ## Run the slow tests too.
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # docs/reliability.md says what each line measures and what came of it.
-soak: .venv/test ## The long checks: an hour of fuzzing (SECONDS=60 for less), long forms of tests on trust, every mutant.
+soak: .venv/test ## The long checks: an hour of fuzzing (SECONDS=60 for less), long forms of tests on trust, liveness, every mutant.
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),3600)
 	$(BIN)/python -m pytest -m slow tests/security tests/fuzz tests/pagedkv
+	$(BIN)/pagedkv liveness --traces 100000
 	$(BIN)/python benchmarks/mutation.py --sample 0 --thorough
 
 mutants: .venv/test ## Plant 150 small bugs, one at a time, and see whether the tests notice. ARGS="--sample 0" for all.

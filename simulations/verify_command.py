@@ -68,6 +68,9 @@ def verify(
         )
         return
     _print_failure(factory, report, report.failure)
+    # A run that ends with the trial that fails; how often is checked decides what is found.
+    every = f" --check-every {check_every}" * (check_every > 1) + f" --read-every {read_every}" * (read_every > 1)
+    typer.echo(f"again with: pagedkv verify {factory} --ops {report.num_operations} --seed {seed}{every}")
     raise typer.Exit(1)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from pagedkv.testing.pytest_plugin import tell_repeat_command
 
 # Triton asks once, on import, whether kernels are to be interpreted, and transformers imports it. A machine with a GPU sets
 # this to 0 to compile them.
@@ -31,3 +33,11 @@ def shared_trace() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Examples are the same in every run, so the name of a test is all that it takes to repeat its failure (F17)."""
+    report = yield
+    tell_repeat_command(item, report)
+    return report

@@ -1,12 +1,14 @@
 """Fuzz the parsers: `python tests/fuzz/run.py --seconds 60`. Prints runs, rate and memory of each target, as JSON lines.
 
-With atheris installed, `--atheris --target trace` lets libFuzzer guide the mutations by coverage. Inputs that raise what
-no caller should have to expect are written to `--out` and end the run with exit code 1.
+Inputs that raise what no caller should have to expect are shrunk, written to `--out`, and printed with the command that
+repeats them; they end the run with exit code 1. With atheris installed, `--atheris --target trace` lets libFuzzer guide the
+mutations by coverage.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import resource
 import sys
@@ -26,13 +28,57 @@ if "--atheris" in sys.argv:
     with atheris.instrument_imports(include=["pagedkv"]):
         if "saved" in sys.argv:
             import pagedkv.storage  # noqa: F401
-        from fuzz_targets import TARGETS, try_input
+        from fuzz_targets import TARGETS, Target, try_input
 else:
-    from fuzz_targets import TARGETS, try_input
+    from fuzz_targets import TARGETS, Target, try_input
+
+from pagedkv.testing.shrinking import shrink_list  # noqa: E402
+
+MAX_COPIED = 3000
 
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def where_it_fails(target: Target, data: bytes) -> tuple[str, str]:
+    """The kind of error and the line that raised it, and its message; empty if the input is taken or properly refused."""
+    try:
+        try_input(target, data)
+    except Exception as error:  # noqa: BLE001 - this is what is looked for
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        where = f" at {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+        return type(error).__name__ + where, str(error)
+    return "", ""
+
+
+def tell(name: str, where: str, data: bytes, out: Path) -> None:
+    """Shrink an input that fails, keep it, and print what fails, with the command that does it again."""
+    target = TARGETS[name]
+    small = bytes(shrink_list(list(data), lambda kept: where_it_fails(target, bytes(kept))[0] == where))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-{sha256(small).hexdigest()[:12]}"
+    path.write_bytes(small)
+    # Text that can be copied, as the file may not outlive the machine that found it.
+    given = base64.b64encode(small).decode() if len(small) <= MAX_COPIED else f"@{path}"
+    finding = {
+        "target": name,
+        "failure": where,
+        "message": where_it_fails(target, small)[1][:200],
+        "bytes": f"{len(small)} of {len(data)}",
+        "again with": f"python tests/fuzz/run.py --target {name} --input {given}",
+    }
+    print(json.dumps(finding), flush=True)
+
+
+def repeat(name: str, given: str) -> int:
+    """Try one input, base64 or @file; returns 1 if it fails."""
+    data = Path(given[1:]).read_bytes() if given.startswith("@") else base64.b64decode(given)
+    where, message = where_it_fails(TARGETS[name], data)
+    print(json.dumps({"target": name, "failure": where, "message": message[:200]}))
+    return 1 if where else 0
 
 
 def fuzz(name: str, seconds: float, seed: int, out: Path) -> int:
@@ -50,17 +96,11 @@ def fuzz(name: str, seconds: float, seed: int, out: Path) -> int:
         num_runs += 1
         try:
             num_accepted += try_input(target, data)
-        except Exception as error:  # noqa: BLE001 - this is what is looked for
-            frame = error.__traceback__
-            while frame is not None and frame.tb_next is not None:
-                frame = frame.tb_next
-            where = f"{type(error).__name__} at {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+        except Exception:  # noqa: BLE001 - this is what is looked for
+            where, _ = where_it_fails(target, data)
             if where not in failures:
                 failures.add(where)
-                out.mkdir(parents=True, exist_ok=True)
-                path = out / f"{name}-{sha256(data).hexdigest()[:12]}"
-                path.write_bytes(data)
-                print(json.dumps({"target": name, "failure": where, "message": str(error)[:200], "input": str(path)}))
+                tell(name, where, data, out)
     elapsed = time.monotonic() - started
     print(
         json.dumps(
@@ -102,9 +142,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--target", choices=sorted(TARGETS), action="append")
     parser.add_argument("--out", type=Path, default=Path("out-fuzz"))
+    parser.add_argument("--input", help="try this one only: base64, or @FILE; one target")
     parser.add_argument("--atheris", action="store_true", help="guided by coverage; one target")
     options = parser.parse_args()
     names = options.target or list(TARGETS)
+    if options.input is not None:
+        sys.exit(repeat(names[0], options.input))
     if options.atheris:
         fuzz_guided(names[0], options.seconds, options.seed, options.out)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,11 @@ WARM_UP_HOURS = 1.0
 class SoakFailedError(PagedKVError):
     """Something did not hold. The message says what, when, and which command does it again."""
 
-    def __init__(self, config: SoakConfig, world: World, error: BaseException) -> None:
+    def __init__(self, config: SoakConfig, world: World, error: BaseException, *, hours_before: float = 0.0) -> None:
         self.invariant: str | None = getattr(error, "invariant", None)
-        self.command = f"pagedkv soak --hours {config.hours:g} --seed {config.seed}"
+        # The shortest run that gets there: what comes before is drawn from the same seed, and cannot be left out.
+        hours = min(config.hours, ceil(1e4 * (hours_before + world.clock_s / HOUR_S)) / 1e4)
+        self.command = f"pagedkv soak --hours {max(hours, 1e-4):.10g} --seed {config.seed}"
         if config.service_hours != SERVICE_HOURS:
             self.command += f" --service-hours {config.service_hours:g}"
         what = str(error) if isinstance(error, PagedKVError) else f"{type(error).__name__}: {error}"
@@ -111,7 +114,7 @@ def run_soak(
                 if progress is not None:
                     progress(done)
         except Exception as error:
-            raise SoakFailedError(config, world, error) from error
+            raise SoakFailedError(config, world, error, hours_before=config.hours - hours_left) from error
         report.add(world)
         hours_left -= hours
     rss_after = _resident_bytes()
