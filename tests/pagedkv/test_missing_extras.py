@@ -38,6 +38,17 @@ def test_the_command_blames_no_extra_for_another_module(monkeypatch: pytest.Monk
         main()
 
 
+class BrokenModule:
+    """An importer under which one module is there, but lacks a module that it needs itself."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == self.name:
+            raise ModuleNotFoundError("No module named 'its_own_need'", name="its_own_need")
+
+
 def import_storage() -> None:
     spec = importlib.util.find_spec("pagedkv")
     runpy.run_path(f"{spec.submodule_search_locations[0]}/storage/__init__.py")
@@ -46,6 +57,13 @@ def import_storage() -> None:
 def test_storage_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"^pagedkv\.storage needs torch: pip install 'pagedkv\[torch\]'$"):
+        import_storage()
+
+
+def test_storage_blames_no_extra_for_a_module_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BrokenModule("torch"), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="its_own_need"):
         import_storage()
 
 

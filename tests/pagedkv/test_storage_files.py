@@ -298,3 +298,15 @@ def test_without_safetensors_saving_names_the_extra(tmp_path: Path, monkeypatch:
     with pytest.raises(ModuleNotFoundError, match=r"saved blocks need safetensors: pip install 'pagedkv\[torch\]'"):
         storage.save_blocks(tmp_path / "blocks", ids(0))
     assert not list(tmp_path.iterdir())
+
+
+def test_another_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+            if fullname == "safetensors":
+                raise ModuleNotFoundError("No module named 'its_own_need'", name="its_own_need")
+
+    monkeypatch.delitem(sys.modules, "safetensors")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="its_own_need"):
+        storage_files.read_saved("nowhere", small_spec())
