@@ -214,7 +214,7 @@ class BlockPool:
     def check_some(self) -> None:
         """Sums that must hold, and the next free block. Raises InvariantViolation (I2). O(1)."""
         num_free, num_evictable = self._num_free, len(self.policy)
-        if num_free < 0 or num_evictable < 0 or num_free + num_evictable > self.num_blocks:
+        if num_free < 0 or num_free + num_evictable > self.num_blocks:
             raise InvariantViolation("I2", f"{num_free} free and {num_evictable} evictable of {self.num_blocks} blocks")
         if num_free and self._state[self._free[num_free - 1]]:
             raise InvariantViolation("I2", f"block {self._free[num_free - 1]} is free, but has a holder or a name")

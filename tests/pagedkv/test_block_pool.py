@@ -260,6 +260,7 @@ CORRUPTIONS = {
     "an evictable block has no name": lambda pool: pool._state.__setitem__(2, 0),
     "a count is negative": lambda pool: pool._state.__setitem__(3, -2),
     "the policy lost a block": lambda pool: pool.policy.evict(1),
+    "the policy looks for a block at another place": lambda pool: pool.policy._place.__setitem__(2, 1),
     "the policy counts one block too many": lambda pool: setattr(pool.policy, "_num_holes", -1),
 }
 
@@ -273,6 +274,39 @@ def test_the_recount_finds_a_corrupted_pool(corrupt: Callable[[BlockPool], None]
     corrupt(pool)
     with pytest.raises(InvariantViolation, match=r"^I2: "):
         pool.check_invariants()
+
+
+def test_the_sums_of_a_healthy_pool_hold_whether_blocks_are_free_used_or_evictable() -> None:
+    pool = BlockPool(2)
+    pool.check_some()
+    taken = pool.allocate(2)
+    pool.check_some()
+    pool.release(taken[:1])
+    pool.check_some()
+    pool.allocate(1)
+    pool.name(taken)
+    pool.release(taken)
+    assert (pool.num_free, pool.num_evictable) == (0, 2)
+    pool.check_some()
+
+
+WRONG_SUMS = {
+    "fewer than no free blocks": lambda pool: setattr(pool, "_num_free", -1),
+    "more unheld blocks than blocks": lambda pool: setattr(pool, "_num_free", 5),
+    "the next free block is held": lambda pool: pool._free.__setitem__(1, 0),
+    "the next free block has a name": lambda pool: pool._state.__setitem__(3, 1),
+}
+
+
+@pytest.mark.parametrize("corrupt", WRONG_SUMS.values(), ids=WRONG_SUMS)
+def test_a_look_at_the_sums_finds(corrupt: Callable[[BlockPool], None]) -> None:
+    pool = BlockPool(5)  # Blocks 0 and 1 are used, 2 is evictable, 3 goes out next, then 4.
+    pool.name(pool.allocate(3)[2:])
+    pool.release(ids(2))
+    pool.check_some()
+    corrupt(pool)
+    with pytest.raises(InvariantViolation, match=r"^I2: "):
+        pool.check_some()
 
 
 def test_a_policy_made_for_a_pool_of_another_size_is_refused() -> None:

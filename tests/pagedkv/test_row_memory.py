@@ -80,6 +80,16 @@ def test_many_tokens_at_once_make_known_what_one_by_one_does() -> None:
     assert known.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
+def test_a_run_for_which_blocks_are_short_changes_nothing(manager: KVCacheManager) -> None:
+    manager.open("a", list(range(13)))
+    manager.memory.try_append_run(manager.row("a"), 3)
+    before = digest(manager)
+    assert manager.memory.try_append_run(manager.row("a"), 10) is None
+    assert digest(manager) == before
+    assert len(manager.memory.try_append_run(manager.row("a"), 9)) == 0
+    assert manager.block_table("a").tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_run_of_a_duplicate_names_nothing(manager: KVCacheManager) -> None:
     for sequence_id in ("a", "b"):
         manager.open(sequence_id, [1, 2, 3, 4])
