@@ -206,11 +206,12 @@ def test_a_pool_of_impossible_size_is_refused(num_blocks: object) -> None:
         BlockPool(num_blocks)
 
 
-def test_a_long_call_that_names_a_block_twice_is_refused() -> None:
+@pytest.mark.parametrize("twice", [0, 1, 100, 199])
+def test_a_long_call_that_names_a_block_twice_is_refused(twice: int) -> None:
     pool = BlockPool(300)
     taken = pool.allocate(200)
     with pytest.raises(BlockStateError, match="twice in one call"):
-        pool.release(np.concatenate((taken, taken[:1])))
+        pool.release(np.concatenate((taken, ids(twice))))
     assert pool.num_used == 200
 
 
