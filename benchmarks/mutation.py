@@ -5,8 +5,8 @@
 
 Works on a copy in a temporary folder. Same seed and source, same mutants. A mutant is killed if a test fails, or takes more
 than ten times its CPU time; survivors are printed with file, line and change. The score is killed / (all - equivalent):
-mutants that cannot be told from the original are listed by hand in EQUIVALENT, with the reason. `mutants.py` says what is
-planted, `mutation_runs.py` how tests are run.
+mutants that cannot be told from the original are listed by hand in `mutation_equivalents.py`, with the reason. `mutants.py`
+says what is planted, `mutation_runs.py` how tests are run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 
 from mutants import Mutant, mutants_of
+from mutation_equivalents import EQUIVALENT
 from mutation_runs import Verdict, measure_baseline, run_mutants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,26 +64,6 @@ PARTS = {
         tests=("tests/scheduler",),
     ),
 }
-# (file, its line, change) -> why nobody could tell.
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "pagedkv/block_pool.py",
-        "if num_blocks.__class__ is not int or num_blocks < 0:",
-        "num_blocks < 0 -> num_blocks <= 0",
-    ): "0 is then looked at by as_int, which takes it",
-    (
-        "pagedkv/eviction/fifo.py",
-        "self._leaves.discard(block_ids)",
-        "self._leaves.discard(block_ids) -> pass",
-    ): "an entry of a block that lost its name is passed over anyway: the block may not go, or has a new number",
-    ("pagedkv/eviction/leaf_first.py", "self._next_number = 0", "0 -> 1"): "numbers are only compared with each other",
-    (
-        "pagedkv/eviction/prefix_tree.py",
-        "self._set_tables(np.full(num_blocks + 1, HELD, np.int32), np.full(num_blocks, UNNAMED, np.int32))",
-        "1 -> 2",
-    ): "one more place behind the last, which nobody reads",
-}
-
 # Tests must neither look for smaller examples nor keep any: a mutant needs one failure.
 PROFILE = """
 
