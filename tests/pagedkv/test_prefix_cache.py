@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagedkv import BlockPool, InvariantViolation, PrefixCache
+from pagedkv.eviction import FIFO, LRU, S3FIFO, SIEVE, EvictionPolicy
 
 
 def ids(*block_ids: int) -> np.ndarray:
@@ -70,6 +71,27 @@ def test_naming_blocks_of_several_sequences_says_which_were_new(pool: BlockPool,
     assert pool.is_named(ids(3, 4, 5)).tolist() == [True, False, False]
     assert cache.key_of(3) == b"x"
     cache.check_invariants()
+
+
+LET_GO_FIRST, LEAF_NAMED_FIRST = [3, 2, 0, 1], [3, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [(LRU, LET_GO_FIRST), (FIFO, LEAF_NAMED_FIRST), (S3FIFO, LEAF_NAMED_FIRST), (SIEVE, LEAF_NAMED_FIRST)],
+)
+def test_blocks_of_several_sequences_that_were_named_at_once_can_be_evicted(
+    policy: type[EvictionPolicy], order: list[int]
+) -> None:
+    pool = BlockPool(4, policy(4))
+    cache = PrefixCache(pool)
+    taken = pool.allocate(4)
+    cache.name_each([b"a", b"b"], taken[:2], ids(-1, -1))
+    cache.name_each([b"ab", b"b"], taken[2:], ids(0, -1))  # Block 2 continues block 0; block 3 is a duplicate of 1.
+    pool.release(ids(2, 0, 1, 3))
+    pool.check_invariants()
+    assert pool.allocate(4).tolist() == order
+    assert len(cache) == 0
 
 
 def test_an_evicted_block_is_forgotten(pool: BlockPool, cache: PrefixCache) -> None:

@@ -105,6 +105,15 @@ def test_a_name_taken_from_the_small_queue_makes_it_smaller(chains):
     assert cache.order == ["a", "b", "e"]
 
 
+def test_a_copy_remembers_what_it_evicts_by_name_and_its_original_does_not(chains):
+    cache = chains(S3FIFO(4), 4)
+    cache.use("a", "b", "c", "d", "e")  # Evicts a.
+    policy = cache.pool.policy
+    copy = policy._copy()
+    copy.evict(1)
+    assert (list(copy._ghost), list(policy._ghost)) == ([b"a", b"b"], [b"a"])
+
+
 def test_a_branch_goes_from_tail_to_head(chains):
     cache = chains(S3FIFO(4), 4)
     cache.use("abc", "x")
