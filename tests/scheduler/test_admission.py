@@ -6,7 +6,7 @@ import pytest
 
 from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, UnknownIdError
 from pagedkv.row_memory import RowMemory
-from pagedkv.scheduler import Request, Scheduler, SchedulerConfig, Swap
+from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
 
 
 def make_scheduler(*, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, **config) -> Scheduler:
@@ -82,6 +82,7 @@ def test_blocks_that_are_not_there_when_they_are_taken_are_our_bug(monkeypatch: 
             scheduler.schedule(0.0)
 
     scheduler.check_invariants()
+    assert scheduler.outputs("a")[0].tolist() == []
     assert planned(scheduler.schedule(0.0)) == {"a": 3}
 
 
@@ -102,3 +103,55 @@ def test_blocks_that_are_not_there_for_a_swap_in_are_our_bug(
 def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
     with pytest.raises(UnknownIdError, match="no live request 'gone'"):
         make_scheduler().outputs("gone")
+
+
+def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
+    scheduler = make_scheduler(num_blocks=20, long_prefill_tokens=4)
+    for name, first in (("a", 100), ("b", 200)):
+        scheduler.add(Request(name, list(range(first, first + 10)), 1), 0.0)
+    assert planned(scheduler.schedule(0.0)) == {"a": 4, "b": 4}
+
+
+# What a step that was not carried out leaves
+
+
+def test_a_row_keeps_what_lies_before_the_block_that_another_row_was_to_fill() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(Request("head", [1, 2], 1), 0.0)
+    step(scheduler)
+    scheduler.add(Request("a", [1, 2, 3, 4, 5], 1), 0.0)
+    scheduler.add(Request("b", [1, 2, 3, 4, 6], 1), 0.0)
+    plan = scheduler.schedule(0.0)
+    assert plan.starts.tolist() == [2, 4]  # b hits the block that a fills in this step.
+    scheduler.fail(plan, 0.0)
+
+    assert scheduler.schedule(0.0).starts.tolist() == [2, 2]
+
+
+def test_a_sample_whose_swap_in_failed_starts_over_from_what_had_not_left_the_device(swapped: Scheduler) -> None:
+    swapped.abort("old", 0.0)
+    plan = swapped.schedule(0.0)
+    assert (len(plan.swaps_in), plan.starts.tolist()) == (1, [2])
+    swapped.fail(plan, 0.0)
+
+    assert swapped.schedule(0.0).starts.tolist() == [0]
+
+
+def test_a_request_that_lost_its_blocks_still_tells_its_tokens() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(Request("old", [1, 2, 3, 4, 5], 4), 0.0)
+    scheduler.add(Request("young", [6], 4), 0.0)
+    for _ in range(3):
+        step(scheduler)
+    assert scheduler.num_waiting == 1
+    assert scheduler.outputs("young")[0].tolist() == [1, 1]
+
+
+# Which mode is cheaper
+
+
+def test_a_tie_between_the_modes_is_recomputed_and_costs_may_be_nothing() -> None:
+    assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=1.0).choose(4, 2) is PreemptionMode.RECOMPUTE
+    assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=1.0).choose(5, 2) is PreemptionMode.SWAP
+    assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.SWAP
+    assert Cheaper(prefill_s_per_token=0.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.RECOMPUTE
