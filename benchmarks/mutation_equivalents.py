@@ -86,4 +86,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if np.any(blockers[held_parents[held_parents != ROOT]] < HELD):",
         "blockers[held_parents[held_parents != ROOT]] < HELD -> blockers[held_parents[held_parents != ROOT]] <= HELD",
     ): "a parent counts its child, as was checked before, so that its blockers are not exactly HELD",
+    (
+        "pagedkv/scheduler/ending.py",
+        "return [sample for sample, token in zip(samples, token_ids, strict=True) if token in sample.request.stop_token_ids]",
+        "True -> False",
+    ): "each row has one last token",
+    (
+        "pagedkv/scheduler/rollback.py",
+        "num_valid = dict(zip(rows.tolist(), starts.tolist(), strict=True))",
+        "True -> False",
+    ): "a step has one start for each row",
+    (
+        "pagedkv/scheduler/admission.py",
+        "sample.row = -1",
+        "1 -> 2",
+    ): "whoever asks for the row asks whether it is below 0",
+    (
+        "pagedkv/scheduler/shortage.py",
+        "sample.row = -1",
+        "1 -> 2",
+    ): "whoever asks for the row asks whether it is below 0",
 }
