@@ -46,6 +46,11 @@ class Mutant:
     context: str
     function: int | None
 
+    @property
+    def name(self) -> str:
+        """What `mutation.py --only` takes: it tells this mutant of this source from all others."""
+        return f"{self.path}:{self.place}:{self.kind}"
+
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.kind}: {self.change}    in: {self.context}"
 

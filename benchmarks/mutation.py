@@ -87,9 +87,11 @@ def main() -> None:
             mutant
             for part in options.part
             for path in PARTS[part].paths
-            if not options.only or path in options.only
             for mutant in mutants_of(path, (folder / path).read_text())
+            if not options.only or not {mutant.path, mutant.name}.isdisjoint(options.only)
         ]
+        if not everything:
+            raise SystemExit(f"there is no mutant {', '.join(options.only)}")
         num_all = len(everything)
         chosen = everything
         if 0 < options.sample < num_all:
@@ -110,7 +112,9 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: memory and queue")
     files = [path for part in PARTS.values() for path in part.paths]
-    parser.add_argument("--only", action="append", choices=files, metavar="FILE", help="mutants of this file only")
+    parser.add_argument(
+        "--only", action="append", metavar="FILE[:PLACE:KIND]", help="mutants of this file, or this mutant"
+    )
     parser.add_argument(
         "--thorough", action="store_true", help=f"with tests that take more than {LONGEST_S} s of CPU too"
     )
@@ -119,7 +123,10 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     options = parser.parse_args()
     if options.only:
-        options.part = [name for name, part in PARTS.items() if set(options.only) & set(part.paths)]
+        named = {only.partition(":")[0] for only in options.only}
+        if not named <= set(files):
+            parser.error(f"--only takes mutants of {', '.join(files)}; found {', '.join(sorted(named - set(files)))}")
+        options.part = [name for name, part in PARTS.items() if named & set(part.paths)]
     options.part = options.part or ["memory", "queue"]
     return options
 
@@ -171,7 +178,11 @@ def report(verdicts: list[Verdict], num_all: int, options: argparse.Namespace, w
         "cpu_s": round(sum(verdict.cpu_s for verdict in verdicts), 1),
         "wall_s": round(wall_s, 1),
         "python": sys.version.split()[0],
-        "survivors": sorted(str(mutant) for mutant in survivors if mutant not in equivalent),
+        "survivors": [
+            {"mutant": str(mutant), "again with": f"python benchmarks/mutation.py --only '{mutant.name}'"}
+            for mutant in sorted(survivors, key=str)
+            if mutant not in equivalent
+        ],
     }
     print(json.dumps(summary, indent=2))
     if options.json:

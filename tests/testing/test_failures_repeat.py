@@ -196,12 +196,16 @@ def test_a_fuzzing_run_tells_a_shrunk_input_that_can_be_copied(
     assert fuzzing.repeat("config", "YWJj") == 0
 
 
-def test_a_surviving_mutant_is_told_with_the_command_that_plants_it_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_surviving_mutant_is_told_with_the_command_that_plants_it_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     mutation = load("benchmarks/mutation.py")
     path = "pagedkv/scheduler/waiting_queue.py"
     mutants = mutation.mutants_of(path, (ROOT / path).read_text())
 
-    mutation.report([(mutants[3], True, "")], len(mutants), argparse.Namespace(seed=1, json=None))
+    survived = mutation.Verdict(mutants[3], killer=None, cpu_s=0.0)
+    mutation.report([survived], len(mutants), argparse.Namespace(seed=1, json=None), 0.0)
     survivor = json.loads(capsys.readouterr().out)["survivors"][0]
 
     listed = run(*[sys.executable, *shlex.split(survivor["again with"])[1:]], "--list")
