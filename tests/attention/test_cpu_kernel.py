@@ -25,7 +25,7 @@ from pagedkv.attention.cpu.library import AttentionCallC, Kernel
 
 HAS_COMPILER = build.can_compile()
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
-SETS = ("avx512vnni", "avx512bf16", "avx512", "avx2", "plain", "neon")
+SETS = ("avx512vnni", "avx512bf16", "avx512", "avx2int16", "avx2", "plain", "neon")
 
 
 @pytest.fixture

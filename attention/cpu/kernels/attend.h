@@ -36,7 +36,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     }
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
     NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
-    if (!task->is_few) NAME(lay_keys)(keys, num_keys, task->key_words, s->zeros, s->key_columns, ahead, value_bytes);
+    if (!task->is_few) NAME(lay_keys)(task->is_widened, keys, num_keys, task->key_words, s->zeros, s->key_columns, ahead, value_bytes);
     int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
         int num_rows = task->rows - r < ROW_BLOCK ? task->rows - r : ROW_BLOCK;
@@ -48,8 +48,9 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         int num_seen = high, seen_depth = (high + PER_WORD - 1) / PER_WORD;
         int seen_padded = (high + LANES - 1) / LANES * LANES;
         if (task->is_few) {
-            NAME(dot_rows)(query + (int64_t)r * task->key_words, (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS,
-                           task->key_words, keys, num_keys, s->scores, KEY_TILE, ahead, value_bytes);
+            NAME(dot_rows)(task->is_widened, query + (int64_t)r * task->key_words,
+                           (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS, task->key_words, keys, num_keys, s->scores, KEY_TILE,
+                           ahead, value_bytes);
             seen_padded = padded_keys;
         } else {
             const int panel = GEMM_VECTORS * LANES;
@@ -81,18 +82,31 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             values[num_keys] = (const char *)s->zeros;
             NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
                              is_last ? num_next : num_keys, num_keys, ahead);
-            if (!task->is_few) NAME(lay_values)(values, num_keys, task->value_words, s->value_tile, ahead, key_bytes);
+            if (!task->is_few) NAME(lay_values)(task->is_widened, values, num_keys, task->value_words, s->value_tile, ahead, key_bytes);
             are_values_ready = 1;
         }
         if (task->is_few) {
             for (int i = num_rows; i % DOT_ROWS; i++) shrink[i] = weight[i] = 0.0f;
-            NAME(weigh_rows)(s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink, weight, ahead, key_bytes);
+            NAME(weigh_rows)(task->is_widened, s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink,
+                             weight, ahead, key_bytes);
         } else {
-            NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, task->value_columns,
+            NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, VALUE_STRIDE(task), VALUE_PANEL,
                        sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight);
         }
     }
 }
+
+#if PER_WORD == 1
+/* A query of bf16 as floats in the order in which `widen` reads keys. */
+static void TARGET NAME(row_to_halves)(const char *row, int num_words, float *to) {
+    for (int w = 0; w < num_words; w += 2 * LANES) {
+        vf even, odd;
+        NAME(widen)(row, w, &even, &odd);
+        NAME(store)(to + w, even);
+        NAME(store)(to + w + LANES, odd);
+    }
+}
+#endif
 
 #ifdef INT16_DOT
 /* A query as int16, as large as the sums of its products with int8 allow; returns what one unit stands for. */
@@ -127,6 +141,12 @@ static void TARGET NAME(load_queries)(const struct NAME(task) *task) {
 #ifdef INT16_DOT
             *scale = NAME(query_to_int16)(&as_row, call->dtype, from, (int16_t *)to, task->key_words);
 #else
+#if PER_WORD == 1
+            if (task->is_widened) {
+                NAME(row_to_halves)(from, task->key_words, to);
+                continue;
+            }
+#endif
             NAME(row_to_words)(&as_row, FORMAT_FLOAT, call->dtype, from, 0, 0, to, task->key_words);
 #endif
         }
@@ -141,7 +161,7 @@ static void TARGET NAME(finish_row)(const struct NAME(task) *task, int kv_head, 
     int head = kv_head * task->group + r % task->group, token = task->first + r / task->group, dim = (int)call->value.dim;
     float highest = s->highest[row], total = s->total[row];
     float channels[MAX_DIM], value_scale = 1.0f;
-    for (int d = 0; d < dim; d++) channels[d] = sums[NAME(column_of)(d)];
+    for (int d = 0; d < dim; d++) channels[d] = sums[NAME(column_of)(task, d)];
     if (call->value.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         value_scale = ((const float *)call->value.scale)[kv_head * call->value.scale_head_stride];
     if (task->partial < 0 && call->sinks && call->sinks[head] != -INFINITY) {
@@ -182,6 +202,7 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     task.length = call->seq_lens[task.seq];
     task.query_offset = task.length - call->query_start_loc[task.seq + 1];
     task.is_few = task.rows <= MAX_FEW_ROWS;
+    task.is_widened = NAME(widens)(call);
     int64_t rows = (int64_t)(end_head - first_head) * task.padded_rows;
     for (int64_t i = 0; i < rows; i++) scratch->highest[i] = -INFINITY, scratch->total[i] = 0.0f;
     memset(scratch->sums, 0, rows * task.value_columns * sizeof(float));

@@ -59,6 +59,14 @@ struct write_job {
 #define GEMM_VECTORS 2
 #include "one_isa.h"
 
+#define ISA avx2int16
+#define TARGET __attribute__((target("avx2,fma")))
+#define INT16_DOT
+#define LANES 8
+#define GEMM_ROWS 6
+#define GEMM_VECTORS 2
+#include "one_isa.h"
+
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define LANES 16
@@ -112,6 +120,7 @@ static const struct instruction_set SETS[] = {
     SET("avx512vnni", avx512vnni, SERVES_INT8, has_avx512vnni),
     SET("avx512bf16", avx512bf16, SERVES_BF16, has_avx512bf16),
     SET("avx512", avx512, SERVES_ALL, has_avx512),
+    SET("avx2int16", avx2int16, SERVES_INT8, has_avx2),
     SET("avx2", avx2, SERVES_ALL, has_avx2),
 #endif
 #if defined(__aarch64__)

@@ -45,8 +45,9 @@ static int TARGET NAME(words_of_head)(const struct NAME(task) *task, const struc
                                       int first_key, int num_keys, int num_words, float *to, const char **pointers) {
     const struct attention_call *call = task->call;
     int64_t offset = head * cache->head_stride * ELEMENT_BYTES(call);
-    int is_in_place = cache->dim == (int64_t)num_words * PER_WORD &&
-                      (IS_INTEGER || (call->format == FORMAT_FLOAT && (call->dtype == DTYPE_F32 || PER_WORD == 2)));
+    int is_in_place = task->is_widened ||
+                      (cache->dim == (int64_t)num_words * PER_WORD &&
+                       (IS_INTEGER || (call->format == FORMAT_FLOAT && (call->dtype == DTYPE_F32 || PER_WORD == 2))));
     if (is_in_place) {
         for (int i = 0; i < num_keys; i++) pointers[i] = rows[i] + offset;
         return 1;
@@ -84,70 +85,140 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
     for (int i = num_keys; i % LANES; i++) to[i] = 0.0f;
 }
 
-/* Keys as columns: words[panel][word][key in panel], panels of GEMM_VECTORS * LANES keys, padded with zeros. */
-static void TARGET NAME(lay_keys)(const char *const *keys, int num_keys, int num_words, const float *zeros, float *to,
-                                  const char *const *ahead, int ahead_bytes) {
-    const int panel = GEMM_VECTORS * LANES;
-    for (int first = 0; first < num_keys; first += panel)
-        for (int part = 0; part < panel; part += LANES) {
-            const char *rows[LANES];
-            float *column = to + (int64_t)first * num_words + part;
-            for (int i = 0; i < LANES && first + part + i < num_keys; i++) NAME(fetch)(ahead[first + part + i], ahead_bytes);
-            for (int i = 0; i < LANES; i++)
-                rows[i] = first + part + i < num_keys ? keys[first + part + i] : (const char *)zeros;
-#if LANES == 16
-            for (int w = 0; w < num_words; w += 16) { /* a 16 x 16 transposition */
-                __m512i x[16], y[16];
-                for (int i = 0; i < 16; i++) x[i] = (__m512i)NAME(load_words)(rows[i], w);
-                for (int i = 0; i < 16; i += 4) {
-                    __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-                    __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-                    y[i] = _mm512_unpacklo_epi64(a, c);
-                    y[i + 1] = _mm512_unpackhi_epi64(a, c);
-                    y[i + 2] = _mm512_unpacklo_epi64(b, d);
-                    y[i + 3] = _mm512_unpackhi_epi64(b, d);
-                }
-                for (int i = 0; i < 4; i++) {
-                    __m512i a = _mm512_shuffle_i32x4(y[i], y[4 + i], 0x88), b = _mm512_shuffle_i32x4(y[i], y[4 + i], 0xDD);
-                    __m512i c = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0x88), d = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0xDD);
-                    _mm512_storeu_si512(column + (int64_t)(w + i) * panel, _mm512_shuffle_i32x4(a, c, 0x88));
-                    _mm512_storeu_si512(column + (int64_t)(w + i + 4) * panel, _mm512_shuffle_i32x4(b, d, 0x88));
-                    _mm512_storeu_si512(column + (int64_t)(w + i + 8) * panel, _mm512_shuffle_i32x4(a, c, 0xDD));
-                    _mm512_storeu_si512(column + (int64_t)(w + i + 12) * panel, _mm512_shuffle_i32x4(b, d, 0xDD));
-                }
-            }
-#else
-            for (int w = 0; w < num_words; w++)
-                for (int i = 0; i < LANES; i++) column[(int64_t)w * panel + i] = ((const float *)rows[i])[w];
-#endif
-        }
+#if LANES == 8
+/* An 8 x 8 transposition in place. */
+INLINE void NAME(transpose)(vf x[8]) {
+    vf y[8];
+    for (int i = 0; i < 8; i += 4) {
+        vf a = (vf)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]), b = (vf)_mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+        vf c = (vf)_mm256_unpacklo_ps((__m256)x[i + 2], (__m256)x[i + 3]), d = (vf)_mm256_unpackhi_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+        y[i] = (vf)_mm256_unpacklo_pd((__m256d)a, (__m256d)c);
+        y[i + 1] = (vf)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
+        y[i + 2] = (vf)_mm256_unpacklo_pd((__m256d)b, (__m256d)d);
+        y[i + 3] = (vf)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = (vf)_mm256_permute2f128_ps((__m256)y[i], (__m256)y[4 + i], 0x20);
+        x[4 + i] = (vf)_mm256_permute2f128_ps((__m256)y[i], (__m256)y[4 + i], 0x31);
+    }
 }
-
-/* Values as the right side of a product: row k holds value k; or, of pairs, values 2k and 2k + 1 interleaved. */
-static void TARGET NAME(lay_values)(const char *const *values, int num_keys, int num_words, float *to,
-                                    const char *const *ahead, int ahead_bytes) {
-    for (int k = 0; k < num_keys; k += PER_WORD) {
-        float *row = to + (int64_t)k * num_words;
-        for (int i = 0; i < PER_WORD; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
-#if PER_WORD == 2
-        /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
-        for (int w = 0; w < num_words; w += 16) {
-            __m512i a = (__m512i)NAME(load_words)(values[k], w), b = (__m512i)NAME(load_words)(values[k + 1], w);
-            _mm512_storeu_si512(row + 2 * w, _mm512_unpacklo_epi16(a, b));
-            _mm512_storeu_si512(row + 2 * w + 16, _mm512_unpackhi_epi16(a, b));
-        }
+#elif LANES == 16
+/* A 16 x 16 transposition in place. */
+INLINE void NAME(transpose)(vf rows[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i x[4] = {(__m512i)rows[i], (__m512i)rows[i + 1], (__m512i)rows[i + 2], (__m512i)rows[i + 3]};
+        __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+        __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+        y[i] = _mm512_unpacklo_epi64(a, c);
+        y[i + 1] = _mm512_unpackhi_epi64(a, c);
+        y[i + 2] = _mm512_unpacklo_epi64(b, d);
+        y[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i a = _mm512_shuffle_i32x4(y[i], y[4 + i], 0x88), b = _mm512_shuffle_i32x4(y[i], y[4 + i], 0xDD);
+        __m512i c = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0x88), d = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0xDD);
+        rows[i] = (vf)_mm512_shuffle_i32x4(a, c, 0x88);
+        rows[i + 4] = (vf)_mm512_shuffle_i32x4(b, d, 0x88);
+        rows[i + 8] = (vf)_mm512_shuffle_i32x4(a, c, 0xDD);
+        rows[i + 12] = (vf)_mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+}
 #else
-        memcpy(row, values[k], num_words * sizeof(float));
+/* A 4 x 4 transposition in place. */
+INLINE void NAME(transpose)(vf x[4]) {
+    vf a = SHUFFLE4(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE4(x[0], x[1], 2, 6, 3, 7);
+    vf c = SHUFFLE4(x[2], x[3], 0, 4, 1, 5), d = SHUFFLE4(x[2], x[3], 2, 6, 3, 7);
+    x[0] = SHUFFLE4(a, c, 0, 1, 4, 5);
+    x[1] = SHUFFLE4(a, c, 2, 3, 6, 7);
+    x[2] = SHUFFLE4(b, d, 0, 1, 4, 5);
+    x[3] = SHUFFLE4(b, d, 2, 3, 6, 7);
+}
 #endif
+
+/* LANES rows as columns of a panel: word w of row i goes to to[w * panel + i]. Pairs of bf16 are taken apart only after they
+   are transposed, half as many as floats would be. */
+static void TARGET NAME(lay_rows)(int is_widened, const char *const rows[LANES], int num_words, float *to) {
+    const int panel = GEMM_VECTORS * LANES;
+    vf x[LANES];
+#if PER_WORD == 1
+    for (int w = 0; is_widened && w < num_words; w += 2 * LANES) {
+        for (int i = 0; i < LANES; i++) x[i] = NAME(load)(rows[i] + 2 * w);
+        NAME(transpose)(x);
+        for (int i = 0; i < LANES; i++) {
+            vf even, odd;
+            NAME(widen)((const char *)&x[i], 0, &even, &odd);
+            NAME(store)(to + (int64_t)(w + i) * panel, even);
+            NAME(store)(to + (int64_t)(w + LANES + i) * panel, odd);
+        }
+    }
+    if (is_widened) return;
+#endif
+    (void)is_widened;
+    for (int w = 0; w < num_words; w += LANES) {
+        for (int i = 0; i < LANES; i++) x[i] = NAME(load_words)(rows[i], w);
+        NAME(transpose)(x);
+        for (int i = 0; i < LANES; i++) NAME(store)(to + (int64_t)(w + i) * panel, x[i]);
     }
 }
 
-/* Which column of `sums` holds channel d. */
-INLINE int NAME(column_of)(int d) {
+/* Keys as columns: words[panel][word][key in panel], panels of GEMM_VECTORS * LANES keys, padded with zeros. */
+static void TARGET NAME(lay_keys)(int is_widened, const char *const *keys, int num_keys, int num_words, const float *zeros,
+                                  float *to, const char *const *ahead, int ahead_bytes) {
+    const int panel = GEMM_VECTORS * LANES;
+    for (int first = 0; first < num_keys; first += LANES) {
+        const char *rows[LANES];
+        for (int i = 0; i < LANES; i++) {
+            int is_there = first + i < num_keys;
+            if (is_there) NAME(fetch)(ahead[first + i], ahead_bytes);
+            rows[i] = is_there ? keys[first + i] : (const char *)zeros;
+        }
+        NAME(lay_rows)(is_widened, rows, num_words, to + (int64_t)(first / panel * panel) * num_words + first % panel);
+    }
+}
+
+/* Values as the right side of a product. Of floats, as panels[column / panel][value][column in panel]: rows as long as they
+   come would lie in a few sets of the first-level cache and displace each other. Of pairs, row k / 2 holds values k and k + 1
+   interleaved. */
+static void TARGET NAME(lay_values)(int is_widened, const char *const *values, int num_keys, int num_words, float *to,
+                                    const char *const *ahead, int ahead_bytes) {
+    for (int k = 0; k < num_keys; k += PER_WORD) {
+        for (int i = 0; i < PER_WORD; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
 #if PER_WORD == 2
-    int in_chunk = d % 32;
-    return d - in_chunk + (in_chunk / 4 % 2) * 16 + in_chunk / 8 * 4 + in_chunk % 4;
+        /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
+        float *row = to + (int64_t)k * num_words;
+        for (int w = 0; w < num_words; w += LANES) {
+            vf pair[2];
+            NAME(interleave)(NAME(load_words)(values[k], w), NAME(load_words)(values[k + 1], w), pair);
+            NAME(store)(row + 2 * w, pair[0]);
+            NAME(store)(row + 2 * w + LANES, pair[1]);
+        }
 #else
-    return d;
+        const int panel = GEMM_VECTORS * LANES;
+        for (int w = 0; w < num_words; w += is_widened ? 2 * LANES : LANES) {
+            float *row = to + (int64_t)(w / panel) * KEY_TILE * panel + (int64_t)k * panel + w % panel;
+            vf x[2];
+            if (!is_widened) {
+                NAME(store)(row, NAME(load_words)(values[k], w));
+                continue;
+            }
+            /* A panel is an even number of vectors, and both halves of a chunk lie in one. */
+            NAME(widen)(values[k], w, &x[0], &x[1]);
+            NAME(store)(row, x[0]);
+            NAME(store)(row + LANES, x[1]);
+        }
+#endif
+    }
+    (void)is_widened;
+}
+
+/* Which column of `sums` holds channel d. */
+INLINE int NAME(column_of)(const struct NAME(task) *task, int d) {
+    int in_chunk = d % (2 * LANES);
+#if PER_WORD == 2
+    (void)task;
+    return d - in_chunk + (in_chunk / 4 % 2) * LANES + in_chunk / 8 * 4 + in_chunk % 4;
+#else
+    return task->is_widened ? d - in_chunk + (in_chunk % 2) * LANES + in_chunk / 2 : d;
 #endif
 }

@@ -18,6 +18,8 @@
 #undef BF16_DOT
 #undef INT16_DOT
 #undef IS_INTEGER
+#undef VALUE_STRIDE
+#undef VALUE_PANEL
 #undef ROW_WORD_BYTES
 #undef PER_WORD
 #undef DOT_KEYS

@@ -32,6 +32,18 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
     return x;
 }
 
+#ifdef INT16_DOT
+/* Rounded to int16, saturating. */
+INLINE void NAME(store_int16)(int16_t *to, vf x) {
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)x)));
+#else
+    __m256i whole = _mm256_cvtps_epi32((__m256)x);
+    _mm_storeu_si128((__m128i *)to, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+#endif
+}
+#endif
+
 /* One row of products becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink.
    `weight`: what one unit of an integer weight stands for. */
 static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys,
@@ -75,8 +87,7 @@ static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int to
 #if defined(BF16_DOT)
         _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
 #elif defined(INT16_DOT)
-        __m512i whole = _mm512_cvtps_epi32((__m512)(p * per_weight));
-        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), _mm512_cvtsepi32_epi16(whole));
+        NAME(store_int16)((int16_t *)row + k, p * per_weight);
 #else
         NAME(store)(row + k, p);
 #endif

@@ -6,7 +6,7 @@ struct NAME(scratch) {
     float *key_rows;    /* [KEY_TILE][key_words], where keys are not read in place */
     float *key_columns; /* [KEY_TILE / panel][key_words][panel] */
     float *value_rows;  /* [KEY_TILE][value_words], where values are not read in place */
-    float *value_tile;  /* [KEY_TILE / PER_WORD][value_columns] */
+    float *value_tile;  /* [panel][KEY_TILE][columns of a panel]; of pairs [KEY_TILE / 2][value_columns] */
     float *scores;      /* [row block][KEY_TILE] floats, then overwritten by weights as words */
     float *sums;        /* [heads][rows][value_columns]: the weighted sums of values, not yet divided */
     float *highest;     /* [heads][rows] */
@@ -18,6 +18,12 @@ struct NAME(scratch) {
     float *zeros;
     uint8_t table[256];
 };
+
+/* Whether rows are bf16 whose channels are widened as they are read, without a copy as floats. */
+static int NAME(widens)(const struct attention_call *call) {
+    return PER_WORD == 1 && call->format == FORMAT_FLOAT && call->dtype == DTYPE_BF16 && call->key.dim % (2 * LANES) == 0 &&
+           call->value.dim % (2 * LANES) == 0;
+}
 
 static int NAME(words)(int64_t dim) { return (int)((dim + LANES * PER_WORD - 1) / (LANES * PER_WORD)) * LANES; }
 
@@ -38,7 +44,7 @@ static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attent
     TAKE(key_rows, KEY_TILE * key_words);
     TAKE(key_columns, KEY_TILE * key_words);
     TAKE(value_rows, KEY_TILE * value_words);
-    TAKE(value_tile, KEY_TILE * value_words);
+    TAKE(value_tile, KEY_TILE * (value_words + GEMM_VECTORS * LANES));
     TAKE(scores, (ROW_BLOCK + DOT_ROWS) * KEY_TILE);
     for (int i = 0; i < 2; i++) {
         TAKE(keys[i], KEY_TILE);
@@ -51,6 +57,15 @@ static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attent
     return used;
 }
 
+/* How value_tile is walked: from one key (or pair) to the next, and from one panel of columns to the next. */
+#if PER_WORD == 2
+#define VALUE_STRIDE(task) (task)->value_columns
+#define VALUE_PANEL (GEMM_VECTORS * LANES)
+#else
+#define VALUE_STRIDE(task) (GEMM_VECTORS * LANES)
+#define VALUE_PANEL (KEY_TILE * GEMM_VECTORS * LANES)
+#endif
+
 struct NAME(task) {
     const struct attention_call *call;
     struct NAME(scratch) *scratch;
@@ -59,6 +74,7 @@ struct NAME(task) {
     int key_words, value_words, value_columns; /* words of a key; words and floats of a padded value row */
     int length, query_offset; /* position of query token t is t + query_offset */
     int is_few;
+    int is_widened; /* bf16 read in place where words are floats: channels come as the even ones and the odd ones of a chunk */
 };
 
 #define ELEMENT_BYTES(call) ((call)->format != FORMAT_FLOAT ? 1 : (call)->dtype == DTYPE_F32 ? 4 : 2)

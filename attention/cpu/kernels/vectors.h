@@ -36,7 +36,7 @@ INLINE vf NAME(pair_sums)(vf a, vf b) {
 #if LANES == 16
     return NAME(add_sums)((vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
 #elif LANES == 8
-    return (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88) + (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
+    return NAME(add_sums)((vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88), (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD));
 #else
     return SHUFFLE4(a, b, 0, 2, 4, 6) + SHUFFLE4(a, b, 1, 3, 5, 7);
 #endif
@@ -55,8 +55,8 @@ INLINE vf NAME(sums_of)(const vf x[LANES]) {
     return PARTS(low, high);
 #undef PARTS
 #elif LANES == 8
-    return (vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x20) +
-           (vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x31);
+    return NAME(add_sums)((vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x20),
+                          (vf)_mm256_permute2f128_ps((__m256)quad[0], (__m256)quad[1], 0x31));
 #else
     return quad[0];
 #endif
@@ -113,8 +113,12 @@ INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((
 #define PER_WORD 2
 #define ROW_WORD_BYTES 2
 INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) {
-    /* Not the intrinsic: gcc 12 copies every accumulator around it, at a third of the speed. */
+    /* Not the intrinsics: gcc 12 copies every accumulator around them, at a third of the speed with 512 bits. */
+#if LANES == 8
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16((__m256i)a, (__m256i)b)));
+#else
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#endif
     return sum;
 }
 #else
@@ -123,10 +127,37 @@ INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) {
 INLINE vf NAME(multiply_add)(vf sum, vf a, vf b) { return sum + a * b; }
 #endif
 
+#if PER_WORD == 1
+/* Of 2 * LANES bf16 channels of a row, from channel w on, the even ones and the odd ones as floats: one load and one operation
+   each, where channels in their order would take a shuffle as well. Who reads rows like this keeps queries and sums alike. */
+INLINE void NAME(widen)(const char *row, int w, vf *even, vf *odd) {
+    vu both = (vu)NAME(load)(row + 2 * w);
+    *even = (vf)(both << 16);
+    *odd = (vf)(both & 0xFFFF0000u);
+}
+#endif
+
+#if PER_WORD == 2
+/* The halves of two vectors of pairs, interleaved within 128-bit parts: each word then pairs one channel of a and of b. */
+INLINE void NAME(interleave)(vf a, vf b, vf to[2]) {
+#if LANES == 16
+    to[0] = (vf)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+    to[1] = (vf)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#else
+    to[0] = (vf)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
+    to[1] = (vf)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+#endif
+
 /* LANES words of a row, from word w on. */
 INLINE vf NAME(load_words)(const char *row, int w) {
 #ifdef INT16_DOT
+#if LANES == 16
     return (vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(row + 2 * w)));
+#else
+    return (vf)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(row + 2 * w)));
+#endif
 #else
     return NAME(load)(row + 4 * w);
 #endif
