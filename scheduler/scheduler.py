@@ -11,23 +11,21 @@ import numpy as np
 from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, shown
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
-from pagedkv.plans import NO_COPIES
-from pagedkv.scheduler.admission import Admission, Grants
-from pagedkv.scheduler.catch_up import NO_ROWS, CatchUp
+from pagedkv.scheduler.admission import Admission
 from pagedkv.scheduler.client_shares import ClientShares
 from pagedkv.scheduler.config import SchedulerConfig
-from pagedkv.scheduler.drafts import DraftCounters, Drafting, Guesses
+from pagedkv.scheduler.drafts import DraftCounters, Drafting
 from pagedkv.scheduler.ending import ended_samples
 from pagedkv.scheduler.events import Aborted, Added, Deferred, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.kinds import LiveKinds
 from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.outcome import NewTokens, StepOutcome, checked_outcome
-from pagedkv.scheduler.plan import PlanInputs, Seat, StepPlan
+from pagedkv.scheduler.plan import StepPlan
+from pagedkv.scheduler.planning import StepPlanner
 from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
 from pagedkv.scheduler.recount import check_samples
 from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError, reason_to_refuse
 from pagedkv.scheduler.request import Request
-from pagedkv.scheduler.rollback import retract_step
 from pagedkv.scheduler.running import RunningRows
 from pagedkv.scheduler.sample import Sample, SampleState
 from pagedkv.scheduler.sampling import Sampling
@@ -37,10 +35,8 @@ from pagedkv.scheduler.waiting_queue import WaitingQueue
 
 __all__ = ["Scheduler"]
 
-NO_GRANTS = Grants()
 CHANGING_VERBS = ("add", "abort", "schedule", "update", "fail", "leap")
 NUMBERS = (float, int, np.integer, np.floating)
-NOTHING_CAUGHT_UP = (NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES)
 
 
 def _require_time(now: float) -> None:
@@ -91,26 +87,25 @@ class Scheduler:
             preemption=self.preemption,
             events=self._events,
         )
-        self._catch_up = CatchUp(
+        self._shares = ClientShares(config, num_blocks=manager.config.num_blocks, block_size=self._memory.block_size)
+        self._live: dict[str, list[Sample]] = {}
+        self._kinds = LiveKinds()
+        self._sampling = Sampling(self._memory, self._running, self._live, self._kinds)
+        self._drafting = Drafting(config, self._memory, self._running)
+        self._planner = StepPlanner(
             config,
             self._memory,
             self._queue,
             self._running,
             admission=self._admission,
             shortage=self._shortage,
+            sampling=self._sampling,
+            drafting=self._drafting,
         )
-        self._shares = ClientShares(config, num_blocks=manager.config.num_blocks, block_size=self._memory.block_size)
-        self._live: dict[str, list[Sample]] = {}
-        self._kinds = LiveKinds()
-        self._sampling = Sampling(self._memory, self._running, self._live, self._kinds)
-        self._drafting = Drafting(config, self._memory, self._running)
         self.in_flight: StepPlan | None = None
         """The plan that awaits `update` or `fail`."""
         self._all_decode = False
         """Whether every running row has exactly its last token left to compute."""
-        self._caught_up = NOTHING_CAUGHT_UP
-        self._grants = NO_GRANTS
-        self._unannounced: list[Sample] = []
         self._step = 0
         self._num_added = self._num_entered = 0
         self._num_left_in_flight = 0
@@ -221,65 +216,18 @@ class Scheduler:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         guesses = None if drafts is None else self._drafting.check(drafts)
         self._all_decode = False
-        self._memory.begin_step()
-        self._shortage.begin_step()
-        self._sampling.forked.clear()
-        self._caught_up, self._grants = NOTHING_CAUGHT_UP, NO_GRANTS
+        self._planner.begin_step()
         try:
-            plan = self._plan(guesses, now)
+            plan = self._planner.plan(guesses, now=now, step=self._step)
         except BaseException as error:
-            seated = [sample.row for sample in self._unannounced if sample.state is SampleState.RUNNING]
-            self._take_back(
-                [*seated, *self._grants.rows], now, f"planning raised {type(error).__name__}", step=self._step
-            )
+            reason = f"planning raised {type(error).__name__}"
+            self._take_back(self._planner.seated_rows(), now, reason, step=self._step)
             self._step += 1
             raise
         self._step += 1
         self.in_flight = plan
         self._deliver()
         return plan
-
-    def _plan(self, guesses: Guesses | None, now: float) -> StepPlan:
-        self._caught_up = rows, starts, num_tokens, copies = self._catch_up.plan(now=now, step=self._step)
-        grants = NO_GRANTS
-        # Where nothing runs, somebody else who uses the same memory may have let go of blocks, and nobody tells.
-        may_admit = self._admission.is_open or not len(rows)
-        # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
-        if may_admit and len(self._queue) and not self._shortage.preempted:
-            grants = self._grants = Grants()
-            self._admit(grants, rows, starts, num_tokens, now)
-            if grants.rows:
-                rows = np.concatenate((rows, np.array(grants.rows)))
-                starts = np.concatenate((starts, np.array(grants.starts)))
-                num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
-                copies += grants.copies
-        is_decode = self._catch_up.is_decode and not grants.rows
-        if is_decode and self._sampling.is_plain:
-            sampling_rows, sources = rows, np.arange(len(rows))
-        else:
-            sampling_rows, sources = self._sampling.choose(rows, starts + num_tokens)
-        granted = None
-        if guesses is not None and not self._shortage.preempted:
-            forking = {first.row for first, _ in self._sampling.forked}
-            granted = self._drafting.plan(guesses, num_tokens, sampling_rows, sources, forking=forking)
-            if granted is not None:
-                # Sources occur twice only where samples fork, which have no drafts.
-                num_tokens[sources] += granted.num_tokens
-        admitted = self._admitted_seats()
-        return StepPlan(
-            step=self._step,
-            rows=rows,
-            num_tokens=num_tokens,
-            starts=starts,
-            sampling_rows=sampling_rows,
-            sampling_sources=sources,
-            admitted=admitted,
-            swaps_out=self._shortage.swaps_out,
-            copies=copies,
-            swaps_in=grants.swaps_in,
-            inputs=PlanInputs(self._memory, is_decode=is_decode and granted is None),
-            drafts=granted,
-        )
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
@@ -400,29 +348,6 @@ class Scheduler:
         )
         self.manager.check_invariants()
 
-    # How a step is planned
-
-    def _admit(self, grants: Grants, rows: Rows, starts: Int64s, num_tokens: Int64s, now: float) -> None:
-        table = self._memory.sequences
-        num_planned = int(np.add.reduce(num_tokens))
-        num_promised = num_prefilling = 0
-        if num_planned > len(rows):
-            known = table.num_known[rows]
-            num_promised = int(np.add.reduce(-(-known // table.block_size) - table.num_blocks[rows]))
-            num_prefilling = int(np.count_nonzero(known > starts + num_tokens))
-        budget = self.config.max_num_batched_tokens - num_planned
-        self._admission.admit(grants, budget, num_promised, num_prefilling, now=now, step=self._step)
-
-    def _admitted_seats(self) -> tuple[Seat, ...]:
-        """Rows that begin or come back in this step, or did so in one that failed."""
-        forked = self._sampling.forked
-        if not self._grants.rows and not forked and not self._unannounced:
-            return ()
-        samples = [self._running.samples[row] for row in self._grants.rows] + [sibling for _, sibling in forked]
-        again = [sample for sample in self._unannounced if sample.state is SampleState.RUNNING]
-        self._unannounced = []
-        return tuple(Seat(sample.row, sample.request.request_id, sample.sample_idx) for sample in again + samples)
-
     # How a step ends
 
     def _collect(self, computed_rows: Rows, new: NewTokens, now: float) -> StepEvents:
@@ -459,21 +384,9 @@ class Scheduler:
         """The step was not carried out, or not even planned to the end: its rows are planned again; those seated stay so."""
         for first, sibling in self._sampling.forked:
             self._undo_fork(first, sibling)
-        rows, starts, _, copies = self._caught_up
-        grants = self._grants
-        retract_step(
-            np.concatenate((rows, np.array(grants.rows, np.int64))),
-            np.concatenate((starts, np.array(grants.starts, np.int64))),
-            copies + grants.copies,
-            grants.swapped_in,
-            memory=self._memory,
-            running=self._running,
-        )
-        self._shortage.forget_swaps()
-        seated = (self._running.samples[row] for row in seated_rows)
-        self._unannounced = [sample for sample in seated if sample is not None]
+        num_rows = self._planner.take_back(seated_rows)
         self._admission.is_open = True
-        self._events.append(StepFailed(now, step, len(rows) + len(grants.rows), reason))
+        self._events.append(StepFailed(now, step, num_rows, reason))
 
     def _undo_fork(self, first: Sample, sibling: Sample) -> None:
         if sibling.state is SampleState.RUNNING:

@@ -69,7 +69,7 @@ class FencesVictims(Scheduler):
         super().__init__(*args, **options)
         preempt = self._shortage.preempt
         self._shortage = _FencingShortage(self._shortage, self._memory, preempt)  # type: ignore[assignment]
-        self._catch_up._shortage = self._shortage
+        self._planner._shortage = self._planner._catch_up._shortage = self._shortage
 
     def update(self, plan: StepPlan, outcome: Outcome | None, now: float) -> StepEvents:
         """Let go of the fenced blocks, too late."""

@@ -16,7 +16,7 @@ import pytest
 from pagedkv.content import TokenContent
 from pagedkv.draft_slots import DraftSlots
 from pagedkv.row_memory import RowMemory
-from pagedkv.scheduler import rollback
+from pagedkv.scheduler import planning, rollback
 from pagedkv.scheduler import scheduler as scheduler_module
 from pagedkv.scheduler.admission import Admission
 from pagedkv.scheduler.catch_up import CatchUp
@@ -45,9 +45,9 @@ BUGS = {
     "a failed step keeps what others were to fill": Bug(rollback, "_num_written", "if len(missing):", "if False:"),
     "a failed step keeps its copies": Bug(rollback, "_num_written", "in copied", "in ()"),
     "a failed step keeps what was swapped in": Bug(
-        scheduler_module, "retract_step", "num_valid[row] = min(num_valid[row], num_kept)", "pass"
+        planning, "retract_step", "num_valid[row] = min(num_valid[row], num_kept)", "pass"
     ),
-    "a failed step keeps what was swapped out": Bug(Scheduler, "_take_back", "self._shortage.forget_swaps()", "pass"),
+    "a failed step keeps what was swapped out": Bug(planning.StepPlanner, "take_back", "self._shortage.forget_swaps()", "pass"),
     "a failed step keeps its forks": Bug(Scheduler, "_take_back", "self._undo_fork(first, sibling)", "pass"),
     "a failed admission keeps its row": Bug(
         Admission, "_try_admit", "self._start_over(sample)\n        raise\n", "raise\n"
@@ -76,7 +76,7 @@ BUGS = {
     "a plan may be updated twice": Bug(Scheduler, "update", "self._check_in_flight(plan)", "pass"),
     # Shortage
     "nobody tells of blocks that others gave back": Bug(
-        Scheduler, "_plan", "self._admission.is_open or not len(rows)", "self._admission.is_open"
+        planning.StepPlanner, "plan", "self._admission.is_open or not len(rows)", "self._admission.is_open"
     ),
     "what can never fit is taken": Bug(
         Scheduler, "add",
