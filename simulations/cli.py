@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from pagedkv import ConfigError, PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
 from pagedkv.simulations.cost_models import DEVICES, MODELS, load_cost_model
+from pagedkv.simulations.progress import progress_bar
 
 if TYPE_CHECKING:
     from pagedkv.simulations.replay import ReplayConfig, StepCosts
@@ -170,7 +171,7 @@ def replay(
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
-    with _event_log(events) as sink, _progress(len(requests)) as progress:
+    with _event_log(events) as sink, progress_bar("replaying", len(requests)) as progress:
         run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
     summary = summarize(run)
     paths = write_reports(run, out, summary)
@@ -198,7 +199,7 @@ def _replay_recorded(
     from pagedkv.simulations.run_records import read_run
 
     record = read_run(folder)
-    with _event_log(events) as sink, _progress(len(record.trace)) as progress:
+    with _event_log(events) as sink, progress_bar("replaying", len(record.trace)) as progress:
         run = replay_run(record, costs, options, sink=sink, progress=progress)
     summary = {**summarize(run), "comparison": compare_run(record, run)}
     paths = write_reports(run, out, summary)
@@ -219,21 +220,6 @@ def _event_log(path: Path | None) -> Iterator[EventSink | None]:
         return
     with path.open("w", encoding="utf-8", newline="\n") as file:
         yield EventLog(file)
-
-
-@contextmanager
-def _progress(num_requests: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal, once the replay has taken a moment; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("replaying", total=num_requests)
-        yield lambda num_ended: bar.update(task, completed=num_ended)
 
 
 def _mount_others() -> None:

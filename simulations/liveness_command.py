@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from pagedkv.errors import ConfigError
+from pagedkv.simulations.progress import progress_bar
 from pagedkv.testing.liveness.run import LivenessFailedError, LivenessReport, run_liveness
 
 __all__ = ["liveness"]
@@ -39,7 +37,7 @@ def liveness(
     requests, faults = _numbers("only-requests", only_requests), _numbers("only-faults", only_faults)
     start = time.perf_counter()
     try:
-        with _progress(traces) as progress:
+        with progress_bar("serving", traces) as progress:
             report = run_liveness(
                 traces, first_seed=first_seed, only_requests=requests, only_faults=faults, progress=progress
             )
@@ -65,20 +63,6 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         return [] if text == "none" else [int(number) for number in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} must be numbers such as 0,3, or none, found {text!r}") from None
-
-
-@contextmanager
-def _progress(num_traces: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("serving", total=num_traces)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _print(report: LivenessReport, wall_s: float) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from pagedkv.simulations.progress import progress_bar
 from pagedkv.testing.soak.run import SoakFailedError, SoakReport, run_soak
 from pagedkv.testing.soak.settings import SERVICE_HOURS, SoakConfig
 
@@ -34,7 +32,7 @@ def soak(
     config = SoakConfig(hours, seed, service_hours)
     start = time.perf_counter()
     try:
-        with _progress(hours) as progress:
+        with progress_bar("serving", hours) as progress:
             report = run_soak(config, progress=progress)
     except SoakFailedError as failure:
         if as_json:
@@ -48,20 +46,6 @@ def soak(
         typer.echo(json.dumps({"passed": True, "wall_s": wall_s, **asdict(report)}))
     else:
         _print(report, wall_s)
-
-
-@contextmanager
-def _progress(hours: float) -> Iterator[Callable[[float], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("serving", total=hours)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _print(report: SoakReport, wall_s: float) -> None:

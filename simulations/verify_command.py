@@ -6,14 +6,13 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pagedkv import ConfigError
+from pagedkv.simulations.progress import progress_bar
 from pagedkv.testing.allocator_protocol import MakeAllocator
 from pagedkv.testing.allocator_verification import Failure, Report, called
 from pagedkv.testing.allocator_verification import verify as run_verification
@@ -48,7 +47,7 @@ def verify(
     num_operations = _as_count(ops)
     make_allocator = load_factory(factory)
     start = time.perf_counter()
-    with _progress(num_operations) as progress:
+    with progress_bar("verifying", num_operations) as progress:
         report = run_verification(
             make_allocator,
             num_operations=num_operations,
@@ -150,18 +149,3 @@ def _as_json(factory: str, report: Report, seconds: float) -> dict[str, Any]:
         "operations_per_s": report.num_operations / seconds,
         "failure": found,
     }
-
-
-@contextmanager
-def _progress(num_operations: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=num_operations)
-        yield lambda num_made: bar.update(task, completed=num_made)
