@@ -121,9 +121,8 @@ class PrefixCache:
 
     def keys_of(self, block_ids: BlockIds) -> list[Key | None]:
         """The name of each block, None where it has none. O(n)."""
-        keys = np.where(self._pool.is_named(block_ids), self._key_of[block_ids], None)
-        named: list[Key | None] = keys.tolist()
-        return named
+        keys, are_named = self._key_of[block_ids].tolist(), self._pool.is_named(block_ids).tolist()
+        return [key if is_named else None for key, is_named in zip(keys, are_named, strict=True)]
 
     def unname(self, block_ids: BlockIds) -> None:
         """Forget the names of these named blocks; the caller makes sure that nothing named continues them. O(n)."""
