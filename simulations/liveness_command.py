@@ -31,8 +31,9 @@ def liveness(
 ) -> None:
     """Serve small overloads while memory runs out, steps fail, clients leave and clocks jump; then nothing fails any more.
 
-    From then on every request that fits must be served within the steps that the scheduler states. Exit code 1 and the
-    command that does it again, shrunk, if one is not.
+    From then on every request that fits must be served within the steps that the scheduler states.
+
+    Exit code 1, and the command that does it again, shrunk, if one is not.
     """
     requests, faults = _numbers("only-requests", only_requests), _numbers("only-faults", only_faults)
     start = time.perf_counter()

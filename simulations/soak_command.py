@@ -27,7 +27,9 @@ def soak(
     """Serve requests for simulated hours while memory runs out, copies fail, clients leave and clocks jump.
 
     What must hold is checked all the time; every ten simulated minutes the faults stop, and everybody must get through, with
-    nothing left behind. Exit code 1 and the command that does it again if something does not hold.
+    nothing left behind.
+
+    Exit code 1, and the command that does it again, if something does not hold.
     """
     config = SoakConfig(hours, seed, service_hours)
     start = time.perf_counter()
