@@ -103,7 +103,9 @@ def main() -> None:
             of_part = [mutant for mutant in chosen if mutant.path in PARTS[part].paths]
             if of_part:
                 verdicts += hunt(folder, PARTS[part], of_part, options)
-    report(verdicts, num_all, options, time.monotonic() - started)
+    score = report(verdicts, num_all, options, time.monotonic() - started)
+    if score < options.at_least:
+        sys.exit(f"error: the score is {score}, at least {options.at_least} are asked for")
 
 
 def parsed_options() -> argparse.Namespace:
@@ -119,6 +121,7 @@ def parsed_options() -> argparse.Namespace:
         "--thorough", action="store_true", help=f"with tests that take more than {LONGEST_S} s of CPU too"
     )
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--at-least", type=float, default=0.0, metavar="SCORE", help="exit code 1 below this score")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     options = parser.parse_args()
@@ -163,17 +166,19 @@ def hunt(folder: Path, part: Part, mutants: list[Mutant], options: argparse.Name
     return verdicts
 
 
-def report(verdicts: list[Verdict], num_all: int, options: argparse.Namespace, wall_s: float) -> None:
+def report(verdicts: list[Verdict], num_all: int, options: argparse.Namespace, wall_s: float) -> float:
+    """Print what was found, and return the score."""
     survivors = [verdict.mutant for verdict in verdicts if verdict.killer is None]
     equivalent = [mutant for mutant in survivors if (mutant.path, mutant.context, mutant.change) in EQUIVALENT]
     num_killed, num_told = len(verdicts) - len(survivors), len(verdicts) - len(equivalent)
+    score = round(num_killed / num_told, 3) if num_told else 1.0
     summary = {
         "num_mutants": num_all,
         "num_tried": len(verdicts),
         "num_killed": num_killed,
         "num_timed_out": sum(verdict.ran_out_of_time for verdict in verdicts),
         "num_equivalent": len(equivalent),
-        "score": round(num_killed / num_told, 3) if num_told else 1.0,
+        "score": score,
         "seed": options.seed,
         "cpu_s": round(sum(verdict.cpu_s for verdict in verdicts), 1),
         "wall_s": round(wall_s, 1),
@@ -187,6 +192,7 @@ def report(verdicts: list[Verdict], num_all: int, options: argparse.Namespace, w
     print(json.dumps(summary, indent=2))
     if options.json:
         options.json.write_text(json.dumps(summary, indent=2) + "\n")
+    return score
 
 
 if __name__ == "__main__":
