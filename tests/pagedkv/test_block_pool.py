@@ -130,6 +130,16 @@ def test_a_hit_takes_an_evictable_block_out_of_the_queue(pool: BlockPool) -> Non
     assert pool.counts(ids(2)).tolist() == [1]
 
 
+def test_a_hit_on_held_and_evictable_blocks_takes_only_the_latter_out_of_the_queue() -> None:
+    pool = BlockPool(4)
+    pool.name(pool.allocate(3))
+    pool.release(ids(1, 0))
+    pool.acquire(ids(0, 2))
+    assert (pool.num_evictable, list(pool.policy.order())) == (1, [1])
+    assert pool.counts(ids(0, 1, 2, 3)).tolist() == [1, 0, 2, 0]
+    pool.check_invariants()
+
+
 def test_a_block_is_writable_if_it_has_one_holder_and_no_name(pool: BlockPool) -> None:
     pool.allocate(1)
     assert [pool.is_writable(block_id) for block_id in range(4)] == [False, False, False, True]

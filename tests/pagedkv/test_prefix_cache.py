@@ -94,6 +94,11 @@ def test_blocks_of_several_sequences_that_were_named_at_once_can_be_evicted(
     assert len(cache) == 0
 
 
+def test_a_block_without_a_name_has_no_key(cache: PrefixCache) -> None:
+    cache.unname(ids(2))
+    assert cache.keys_of(ids(3, 1, 2, 0)) == [None, b"b", None, b"a"]
+
+
 def test_an_evicted_block_is_forgotten(pool: BlockPool, cache: PrefixCache) -> None:
     pool.release(ids(2, 1, 0))
     pool.allocate(6)
