@@ -110,7 +110,7 @@ class KVCacheManager:
     step calls `memory`, the same state by row.
 
     `check` says how much of itself the memory looks at after each operation, of its own or of a scheduler: "off",
-    "cheap" (O(1), within 5 % of the operation's cost) or "full" (a recount, for tests). A violation is raised.
+    "cheap" (O(1), within 5 % of a step's cost) or "full" (a recount, for tests). A violation is raised.
 
     >>> manager = KVCacheManager(CacheConfig(num_blocks=4, block_size=2))
     >>> manager.open("a", [1, 2, 3, 4, 5])
