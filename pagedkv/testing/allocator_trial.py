@@ -23,8 +23,8 @@ class AllocatorTrial(CheckedCalls):
     """Calls verbs, compares results with the model's, and raises InvariantViolation naming what was broken.
 
     `check_every`: after how many calls every table is recounted; `read_every`: after how many the content of every live
-    sequence is read back. Results, block choices and the number of free blocks are compared after each call. That a refused call has changed
-    nothing else is looked at where a recount is due.
+    sequence is read back. Results, block choices and the number of free blocks are compared after each call.
+    That a refused call has changed nothing else is looked at where a recount is due.
     `log` keeps every result, so that two runs can be compared (I14).
     """
 
