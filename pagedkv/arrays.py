@@ -35,6 +35,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKENS = 2**26
 """Documented cap on the tokens of one sequence."""
 MAX_SHOWN_CHARS = 60
+FEW = 32
+"""Python's own containers beat array operations on so many numbers."""
+ONLY_INTS = {int}
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -76,6 +79,8 @@ def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
 
     Raises InvalidArgumentError with the name, the range and the value.
     """
+    if value.__class__ is int and at_least <= value <= at_most:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InvalidArgumentError(f"{name} must be a whole number, found {shown(value)}")
     if not at_least <= value <= at_most:
@@ -98,6 +103,14 @@ def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
 
     At most 2^26 of anything but an array are looked at. No error shows a token that could be one of a prompt.
     """
+    if (
+        values.__class__ is list
+        and 0 < len(values) <= FEW
+        and set(map(type, values)) == ONLY_INTS
+        and min(values) >= 0
+        and max(values) <= MAX_TOKEN_ID
+    ):
+        return np.array(values, np.int32)
     try:
         array = np.asarray(values if isinstance(values, np.ndarray) else _listed(values))
     except (TypeError, ValueError, OverflowError) as error:

@@ -97,9 +97,17 @@ class BlockPool:
         """Whether the prefix cache knows each block, (n,) bool."""
         return (self._state[block_ids] & NAMED).astype(np.bool_)
 
+    def count(self, block_id: int) -> int:
+        """Number of holders of one block. O(1)."""
+        return self._state.item(block_id) >> 1
+
+    def has_name(self, block_id: int) -> bool:
+        """Whether the prefix cache knows one block. O(1)."""
+        return bool(self._state.item(block_id) & NAMED)
+
     def is_writable(self, block_id: int) -> bool:
         """Whether its holder may write into the block: it has no other holder, and no name that promises its content."""
-        return int(self._state[block_id]) == HOLDER
+        return self._state.item(block_id) == HOLDER
 
     def num_evictable_among(self, block_ids: BlockIds) -> int:
         """How many of these blocks nobody holds at present. O(n)."""

@@ -116,7 +116,7 @@ class PrefixCache:
 
     def key_of(self, block_id: int) -> Key | None:
         """The name of a block, or None. O(1)."""
-        key: Key | None = self._key_of[block_id] if self._pool.is_named(np.array([block_id]))[0] else None
+        key: Key | None = self._key_of[block_id] if self._pool.has_name(block_id) else None
         return key
 
     def keys_of(self, block_ids: BlockIds) -> list[Key | None]:

@@ -62,34 +62,37 @@ def check_some(memory: RowMemory, turn: int) -> None:
     # looks there only.
     num_rows = len(table.contents)
     row = turn // 2 % (num_rows if turn % 2 else min(num_rows, 2 * table.num_live + 1))
-    if table.is_live[row]:
-        _check_row(memory, row)
-        num_blocks = int(table.num_blocks[row])
-        if num_blocks:
-            block_ids = table.block_tables[row, [turn % num_blocks, num_blocks - 1]].astype(np.int64)
-            if not pool.counts(block_ids).all():
-                raise InvariantViolation("I1", f"row {row} has blocks {block_ids.tolist()}, one of which nobody holds")
-            last = int(block_ids[-1])
-            is_full = int(table.num_computed[row]) % memory.block_size == 0
-            if not is_full and not table.has_shared_tail[row] and not pool.is_writable(last):
-                raise InvariantViolation(
-                    "I5", f"row {row} may write into block {last}, which is named or held by another"
-                )
+    if not table.is_live[row]:
+        return
+    _check_row(memory, row)
+    num_blocks = table.num_blocks.item(row)
+    if not num_blocks:
+        return
+    some, last = table.block_tables.item(row, turn % num_blocks), table.block_tables.item(row, num_blocks - 1)
+    if not (pool.count(some) and pool.count(last)):
+        raise InvariantViolation("I1", f"row {row} has blocks {[some, last]}, one of which nobody holds")
+    is_full = table.num_computed.item(row) % memory.block_size == 0
+    if not is_full and not table.has_shared_tail[row] and not pool.is_writable(last):
+        raise InvariantViolation("I5", f"row {row} may write into block {last}, which is named or held by another")
 
 
 def _check_row(memory: RowMemory, row: int) -> None:
     """One row's columns agree with each other. O(1)."""
-    table = memory.sequences
-    num_blocks, num_computed = int(table.num_blocks[row]), int(table.num_computed[row])
+    table, block_size = memory.sequences, memory.block_size
+    num_blocks, num_named = table.num_blocks.item(row), table.num_named.item(row)
+    num_known, num_computed, num_drafts = (
+        table.num_known.item(row),
+        table.num_computed.item(row),
+        table.num_drafts.item(row),
+    )
     if row in memory.host_blocks:
-        if num_blocks or len(memory.host_blocks[row]) != cdiv(num_computed, memory.block_size):
+        if num_blocks or len(memory.host_blocks[row]) != cdiv(num_computed, block_size):
             raise InvariantViolation("I6", f"row {row} is swapped out with {num_blocks} device blocks")
-    elif num_blocks != cdiv(num_computed + int(table.num_drafts[row]), memory.block_size):
+    elif num_blocks != cdiv(num_computed + num_drafts, block_size):
         raise InvariantViolation(
-            "I1", f"row {row} holds {num_blocks} blocks for {num_computed} tokens and {table.num_drafts[row]} drafts"
+            "I1", f"row {row} holds {num_blocks} blocks for {num_computed} tokens and {num_drafts} drafts"
         )
-    if num_computed > table.num_known[row]:
-        raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {table.num_known[row]} tokens")
-    num_named = int(table.num_named[row])
-    if num_named > num_computed // memory.block_size:
+    if num_computed > num_known:
+        raise InvariantViolation("I15", f"row {row} has slots for {num_computed} of {num_known} tokens")
+    if num_named > num_computed // block_size:
         raise InvariantViolation("I3", f"row {row} counts {num_named} named blocks in {num_computed} tokens")

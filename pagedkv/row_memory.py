@@ -180,9 +180,12 @@ class RowMemory:
     def extend_run(self, row: int, token_ids: Int32s) -> None:
         """As `extend` for many tokens of one row. O(n)."""
         table = self.sequences
-        content, num_known = table.content(row), int(table.num_known[row])
+        content, num_known = table.content(row), table.num_known.item(row)
         num_after = num_known + len(token_ids)
-        if isinstance(content, TokenContent):
+        offset = num_known % self.block_size
+        if offset + len(token_ids) < self.block_size:
+            table.tails[row, offset : offset + len(token_ids)] = token_ids
+        elif isinstance(content, TokenContent):
             self.sync_content(row)
             content.write(num_known, token_ids)
             self._load_tail(row, content, num_after)

@@ -100,7 +100,7 @@ class SequenceTable:
 
     def blocks(self, row: int) -> BlockIds:
         """The row's blocks, (num_blocks,) int64, a copy. O(num_blocks)."""
-        return self.block_tables[row, : self.num_blocks[row]].astype(np.int64)
+        return self.block_tables[row, : self.num_blocks.item(row)].astype(np.int64)
 
     def blocks_at(self, rows: Rows, block_idx: Int64s) -> BlockIds:
         """Block `block_idx[i]` of row `rows[i]`, (n,) int64. O(n)."""
@@ -154,6 +154,9 @@ class SequenceTable:
         """Slots of tokens `start` to `stop - 1` of one row, (stop - start,) int64. O(n)."""
         block_size = self.block_size
         first = start // block_size
+        if (stop - 1) // block_size == first:  # Mostly one token.
+            slot = self.block_tables.item(row, first) * block_size + start - first * block_size
+            return np.arange(slot, slot + stop - start)
         firsts = self.block_tables[row, first : cdiv(stop, block_size)].astype(np.int64) * block_size
         slots: Int64s = (firsts[:, None] + np.arange(block_size)).ravel()
         return slots[start - first * block_size : stop - first * block_size]

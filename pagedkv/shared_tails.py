@@ -49,9 +49,8 @@ class SharedTails:
         for i in np.flatnonzero(table.has_shared_tail[rows]).tolist():
             # A marked row has a partly filled block: whatever moves its end to a boundary takes the mark away.
             block_id = int(table.block_tables[rows[i], int(starts[i]) // table.block_size])
-            one = np.array([block_id])
-            num_holders = holders.get(block_id, int(self._pool.counts(one)[0]))
-            if num_holders > 1 or bool(self._pool.is_named(one)[0]):
+            num_holders = holders.get(block_id, self._pool.count(block_id))
+            if num_holders > 1 or self._pool.has_name(block_id):
                 copied.append(i)
                 holders[block_id] = num_holders - 1
         return copied

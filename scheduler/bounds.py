@@ -18,7 +18,8 @@ def steps_to_serve(num_prompt: int, max_new_tokens: int, num_samples: int, confi
 
     No plan is empty while somebody waits. So all requests that are there get through in no more steps than the sum over
     them, once no more come, no step fails, and nobody else uses the memory. Likewise a request waits no longer than the sum
-    over those that run when its wait begins, those before it in the queue, and the `max_bypasses` that may pass it.
+    over those that run when its wait begins, those that are or come before it in the queue, and the `max_bypasses` that may
+    pass it.
 
     >>> steps_to_serve(20, 10, 1, SchedulerConfig(8, 4, max_preemptions=2))
     19

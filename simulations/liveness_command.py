@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pagedkv.errors import ConfigError
-from pagedkv.simulations.progress import progress_bar
-from pagedkv.testing.liveness.run import LivenessFailedError, LivenessReport, run_liveness
+from pagedkv.simulations.run_outcome import run_and_tell
+from pagedkv.testing.liveness.run import LivenessReport, run_liveness
 
 __all__ = ["liveness"]
 
@@ -36,24 +33,14 @@ def liveness(
     Exit code 1, and the command that does it again, shrunk, if one is not.
     """
     requests, faults = _numbers("only-requests", only_requests), _numbers("only-faults", only_faults)
-    start = time.perf_counter()
-    try:
-        with progress_bar("serving", traces) as progress:
-            report = run_liveness(
-                traces, first_seed=first_seed, only_requests=requests, only_faults=faults, progress=progress
-            )
-    except LivenessFailedError as failure:
-        if as_json:
-            outcome = {"passed": False, "invariant": failure.invariant, "message": str(failure)}
-            typer.echo(json.dumps({**outcome, "command": failure.command}))
-        else:
-            typer.echo(f"failed: {failure}", err=True)
-        raise typer.Exit(1) from None
-    wall_s = time.perf_counter() - start
-    if as_json:
-        typer.echo(json.dumps({"passed": True, "wall_s": wall_s, **asdict(report)}))
-    else:
-        _print(report, wall_s)
+    run_and_tell(
+        lambda progress: run_liveness(
+            traces, first_seed=first_seed, only_requests=requests, only_faults=faults, progress=progress
+        ),
+        traces,
+        _figures,
+        as_json=as_json,
+    )
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
@@ -66,9 +53,9 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise ConfigError(f"{option} must be numbers such as 0,3, or none, found {text!r}") from None
 
 
-def _print(report: LivenessReport, wall_s: float) -> None:
+def _figures(report: LivenessReport, wall_s: float) -> dict[str, Any]:
     last_seed = report.first_seed + report.num_traces - 1
-    figures = {
+    return {
         "overloads": f"{report.num_traces:,}, seeds {report.first_seed} to {last_seed}, in {wall_s:.1f} s",
         "requests": f"{report.num_requests:,}, of which {report.num_served:,} were served and the others aborted",
         "steps": f"{report.num_steps:,}, of which {report.num_failed_steps:,} failed",
@@ -76,5 +63,3 @@ def _print(report: LivenessReport, wall_s: float) -> None:
         "faults": f"{sum(report.faults.values()):,} of {len(report.faults)} kinds",
         "time to get through": f"at most {report.max_share:.0%} of the steps that were stated",
     }
-    for name, value in figures.items():
-        typer.echo(f"{name:20} {value}")

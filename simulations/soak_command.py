@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from pagedkv.simulations.progress import progress_bar
-from pagedkv.testing.soak.run import SoakFailedError, SoakReport, run_soak
+from pagedkv.simulations.run_outcome import run_and_tell
+from pagedkv.testing.soak.run import SoakReport, run_soak
 from pagedkv.testing.soak.settings import SERVICE_HOURS, SoakConfig
 
 __all__ = ["soak"]
@@ -32,28 +29,13 @@ def soak(
     Exit code 1, and the command that does it again, if something does not hold.
     """
     config = SoakConfig(hours, seed, service_hours)
-    start = time.perf_counter()
-    try:
-        with progress_bar("serving", hours) as progress:
-            report = run_soak(config, progress=progress)
-    except SoakFailedError as failure:
-        if as_json:
-            outcome = {"passed": False, "invariant": failure.invariant, "message": str(failure)}
-            typer.echo(json.dumps({**outcome, "command": failure.command}))
-        else:
-            typer.echo(f"failed: {failure}", err=True)
-        raise typer.Exit(1) from None
-    wall_s = time.perf_counter() - start
-    if as_json:
-        typer.echo(json.dumps({"passed": True, "wall_s": wall_s, **asdict(report)}))
-    else:
-        _print(report, wall_s)
+    run_and_tell(lambda progress: run_soak(config, progress=progress), hours, _figures, as_json=as_json)
 
 
-def _print(report: SoakReport, wall_s: float) -> None:
+def _figures(report: SoakReport, wall_s: float) -> dict[str, Any]:
     config = report.config
     growth = report.rss_growth_bytes
-    figures: dict[str, Any] = {
+    return {
         "simulated hours": f"{config.hours:g}, seed {config.seed}",
         "wall time": f"{wall_s:.1f} s, {config.hours * 3600 / wall_s:,.0f} times as fast",
         "services": report.num_services,
@@ -68,6 +50,3 @@ def _print(report: SoakReport, wall_s: float) -> None:
         "resident memory": "not known" if growth is None else f"{growth / 1e6:+.1f} MB since the first hour",
         "digest of the logs": report.digest[:16],
     }
-    for name, value in figures.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
-        typer.echo(f"{name:20} {shown}")

@@ -78,7 +78,7 @@ class AllocatorTrial(CheckedCalls):
         sequence = self._new_sequence(token_ids, salt)
         before = self.snapshot()
         num_hit = self.succeed(("lookup", token_ids), salt=salt)
-        self.unchanged(before, "I8", "a lookup")
+        self.unchanged(before, "I8", ("lookup", token_ids), "returned")
         expected = self.model.resident(sequence.histories, self.model.longest_hit(sequence.histories))
         self._check_hit("lookup", num_hit, sequence, expected)
         self.count(("lookup", num_hit))
@@ -310,7 +310,7 @@ class AllocatorTrial(CheckedCalls):
             try:
                 num_hit = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
             except self.capabilities.shortage:
-                self.unchanged(before, "I8", "open ran short of blocks")
+                self.unchanged(before, "I8", call, "ran short of blocks")
                 self.count(("open", "short"))
                 return
         else:

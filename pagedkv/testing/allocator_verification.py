@@ -88,7 +88,7 @@ def verify(
         trial = AllocatorTrial(make_allocator, *size, check_every=check_every, read_every=read_every)
         error = _run_randomly(trial, random, min(CALLS_PER_TRIAL, num_operations - num_made))
         if error is None and trial_idx % REPEAT_EVERY == 0:
-            error = _run_twice(make_allocator, size, trial.calls)
+            error = _run_twice(make_allocator, size, trial.calls, check_every=check_every, read_every=read_every)
         num_made += trial.num_calls
         if error is not None:
             failure = _shrunk(make_allocator, size, trial.calls, error, trial_idx)
@@ -126,12 +126,18 @@ def _run_randomly(trial: AllocatorTrial, random: Random, num_calls: int) -> Inva
 
 
 def _run_twice(
-    make_allocator: MakeAllocator, size: TrialSize, operations: Iterable[Operation]
+    make_allocator: MakeAllocator,
+    size: TrialSize,
+    operations: Iterable[Operation],
+    *,
+    check_every: int = 1,
+    read_every: int = 1,
 ) -> InvariantViolation | None:
     """The same calls on two fresh allocators must give the same results."""
     try:
-        trial = AllocatorTrial(make_allocator, *size)
-        again = trial.fresh()
+        trial, again = (
+            AllocatorTrial(make_allocator, *size, check_every=check_every, read_every=read_every) for _ in range(2)
+        )
         for operation in operations:
             trial.run(operation)
             again.run(operation)

@@ -84,7 +84,7 @@ class CheckedCalls:
         try:
             found = getattr(self.allocator, call[0])(*call[1:], **options)
         except caps.shortage:
-            self.unchanged(before, invariant, f"{shown(call)} ran short of blocks")
+            self.unchanged(before, invariant, call, "ran short of blocks")
             self.count((call[0], "short"))
             return
         except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
@@ -104,7 +104,7 @@ class CheckedCalls:
         try:
             getattr(self.allocator, call[0])(*call[1:], **options)
         except self.capabilities.mistakes:
-            self.unchanged(before, invariant, f"{shown(call)} was refused")
+            self.unchanged(before, invariant, call, "was refused")
             self.count((call[0], "refused"))
             return
         except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
@@ -126,11 +126,11 @@ class CheckedCalls:
         tables = [list(allocator.block_table(sequence_id)) for sequence_id in self.model.sequences]
         return allocator.num_free(), num_free_host, tables, self._own_state() if self._own_state is not None else None
 
-    def unchanged(self, before: object, invariant: str, what: str) -> None:
-        """Compare with what a snapshot showed."""
+    def unchanged(self, before: object, invariant: str, call: Call, ending: str) -> None:
+        """Compare with what a snapshot showed before a call that ended in some way, and may have changed nothing."""
         after = self.snapshot()
         if after != before:
-            self.fail(invariant, f"{what} and changed the state: expected {before}, found {after}")
+            self.fail(invariant, f"{shown(call)} {ending} and changed the state: expected {before}, found {after}")
 
     # After each call
 

@@ -22,6 +22,7 @@ class ManagerAllocator:
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.manager = manager
+        self._pool, self._host_pool = manager.memory.pool, manager.memory.host_pool
 
     def open(self, sequence_id: Hashable, token_ids: Sequence[int], *, salt: bytes) -> int:
         """Tokens hit."""
@@ -68,11 +69,11 @@ class ManagerAllocator:
 
     def num_free(self) -> int:
         """Free and evictable."""
-        return self.manager.memory.pool.num_available
+        return self._pool.num_available
 
     def num_free_host(self) -> int:
         """The host pool evicts nothing."""
-        return self.manager.memory.host_pool.num_available
+        return self._host_pool.num_available
 
     def check(self) -> None:
         """The manager's own recount."""
@@ -99,6 +100,8 @@ class ManagerAllocator:
 
 def pairs(copies: BlockCopies) -> Copies:
     """Sources and targets as a list of pairs."""
+    if not len(copies):
+        return []
     return list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True))
 
 

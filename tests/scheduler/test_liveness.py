@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pagedkv import CacheConfig, KVCacheManager, SimulatedPrompt
 from pagedkv.scheduler import (
+    Event,
     LowestPriority,
     Priority,
     Recompute,
@@ -18,6 +19,7 @@ from pagedkv.scheduler import (
     Swap,
     steps_to_serve,
 )
+from pagedkv.scheduler.events import Added, Admitted, Finished, Preempted
 
 
 def overload(
@@ -120,3 +122,98 @@ def test_a_request_is_passed_at_most_as_often_as_the_bound_says_while_small_ones
         scheduler.update(plan, None, float(i))
 
     assert order.index("large") == 1 + 3
+
+
+class Waits:
+    """An event sink that holds each wait against what was stated when it began."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.steps_of: dict[str, int] = {}
+        self.begun: dict[str, tuple[int, int, set[str]]] = {}
+        """By who waits: the step that is planned next, the steps stated, those who passed since."""
+        self.running: set[str] = set()
+        self.step = 0
+        self.shares: list[float] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Added):
+            self.steps_of[event.request_id] = steps_to_serve(
+                event.num_prompt_tokens, event.max_new_tokens, event.num_samples, self.config
+            )
+            self.begin(event.request_id)
+        elif isinstance(event, Preempted):
+            self.running.remove(event.request_id)
+            self.begin(event.request_id)
+        elif isinstance(event, Admitted):
+            for other, (_, _, passers) in self.begun.items():
+                if self.is_before(other, event.request_id):
+                    passers.add(event.request_id)
+            self.end(event.request_id, event.step)
+            self.running.add(event.request_id)
+        elif isinstance(event, Finished):
+            self.running.remove(event.request_id)
+
+    def begin(self, request_id: str) -> None:
+        before = {other for other in self.begun if self.is_before(other, request_id)}
+        self.begun[request_id] = self.step, sum(self.steps_of[other] for other in self.running | before), set()
+
+    def end(self, request_id: str, step: int) -> None:
+        first, stated, passers = self.begun.pop(request_id)
+        assert len(passers) <= self.config.max_bypasses
+        stated += sum(self.steps_of[other] for other in passers)
+        assert step - first <= stated, f"{request_id} waited {step - first} steps, {stated} were stated"
+        self.shares.append((step - first) / max(stated, 1))
+
+    @staticmethod
+    def is_before(one: str, other: str) -> bool:
+        return int(one) < int(other)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.05]),
+    st.sampled_from([Recompute(), Swap()]),
+    st.sampled_from([0, 1, 4]),
+    st.sampled_from([1, 2, 8]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_wait_is_longer_than_what_was_stated_when_it_began_whoever_comes_later(
+    seed, watermark, preemption, max_bypasses, max_preemptions
+) -> None:
+    rng = np.random.default_rng(seed)
+    manager = KVCacheManager(CacheConfig(24, 4, 24 if rng.random() < 0.5 else 0))
+    config = SchedulerConfig(
+        32, 6, watermark=watermark, max_bypasses=max_bypasses, max_preemptions=max_preemptions, long_prefill_tokens=16
+    )
+    waits = Waits(config)
+    scheduler = Scheduler(config, manager, preemption=preemption, sink=waits)
+
+    for number in range(40):
+        prompt, new = int(rng.integers(1, 60)), int(rng.integers(1, 30))
+        scheduler.add(Request(str(number), SimulatedPrompt(prompt), new), float(waits.step))
+        for _ in range(int(rng.integers(0, 8))):
+            take_step(scheduler, waits)
+    while scheduler.has_work:
+        take_step(scheduler, waits)
+
+    assert len(waits.shares) >= 40
+    assert not waits.begun
+
+
+def take_step(scheduler: Scheduler, waits: Waits) -> None:
+    plan = scheduler.schedule(float(waits.step))
+    waits.step += 1
+    scheduler.update(plan, None, float(waits.step))
+
+
+def test_a_lone_wait_behind_one_that_runs_takes_all_that_was_stated() -> None:
+    config = SchedulerConfig(32, 1)
+    waits = Waits(config)
+    scheduler = Scheduler(config, KVCacheManager(CacheConfig(24, 4)), sink=waits)
+    scheduler.add(Request("0", SimulatedPrompt(20), 10), 0.0)
+    scheduler.add(Request("1", SimulatedPrompt(1), 1), 0.0)
+    while scheduler.has_work:
+        take_step(scheduler, waits)
+
+    assert waits.shares == [0.0, 1.0]

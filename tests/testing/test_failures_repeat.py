@@ -83,6 +83,31 @@ PLANTED = {
             "Admission._fits = lambda self, num_blocks: num_blocks + 9 <= self._memory.pool.num_available\n"
         ),
     ),
+    "a state machine": (
+        "tests/pagedkv/eviction/test_policy_machine.py",
+        (
+            "from pagedkv.eviction.lru import LRU\n"
+            "original = LRU.evict\n"
+            "def evict(self, num_blocks):\n"
+            "    return original(self, num_blocks)[::-1]\n"
+            "LRU.evict = evict\n"
+        ),
+    ),
+    "the state machine of the manager": (
+        "tests/testing/test_allocator_suites.py",
+        ("from pagedkv.shared_tails import SharedTails\nSharedTails.rows_to_copy = lambda self, rows, starts: []\n"),
+    ),
+    "seeded attention batches": (
+        "tests/attention/test_backends_agree.py",
+        (
+            "from pagedkv.attention.torch_backend import TorchBackend\n"
+            "original = TorchBackend.attend\n"
+            "def attend(self, call):\n"
+            "    original(self, call)\n"
+            "    call.out += 1\n"
+            "TorchBackend.attend = attend\n"
+        ),
+    ),
 }
 
 

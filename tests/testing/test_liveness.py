@@ -49,6 +49,11 @@ def fences_victims(service: Service, sink: EventSink) -> Scheduler:
     return FencesVictims(service.scheduler, KVCacheManager(service.cache), sink=sink)
 
 
+def test_what_a_sink_has_left_untold_in_the_end_is_heard() -> None:
+    """Its last event but one made the sink raise in an overload of which nothing was left but that event."""
+    assert run_liveness(1, first_seed=24_185).num_requests == 12
+
+
 class FirstArrival:
     """Whoever came first goes first, so that two samples throw each other out in turn."""
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pagedkv.arrays import as_int
-from pagedkv.errors import PagedKVError
 from pagedkv.testing.liveness.overload import Overload, draw_overload
 from pagedkv.testing.liveness.trial import LivenessTrial
 from pagedkv.testing.shrinking import shrink_list
+from pagedkv.testing.soak.run_failed import RunFailedError
 from pagedkv.testing.soak.scheduler_build import SchedulerFactory, build_scheduler
 
 __all__ = ["LivenessFailedError", "LivenessReport", "run_liveness"]
@@ -17,19 +17,18 @@ __all__ = ["LivenessFailedError", "LivenessReport", "run_liveness"]
 MAX_TRACES = 10**9
 
 
-class LivenessFailedError(PagedKVError):
+class LivenessFailedError(RunFailedError):
     """Somebody was not served, or something else did not hold. The message says what, and which command does it again."""
 
     def __init__(self, overload: Overload, requests: list[int], faults: list[int], error: BaseException) -> None:
-        self.invariant: str | None = getattr(error, "invariant", None)
-        self.command = f"pagedkv liveness --first-seed {overload.seed} --traces 1"
+        command = f"pagedkv liveness --first-seed {overload.seed} --traces 1"
         for option, numbers in (("--only-requests", requests), ("--only-faults", faults)):
-            self.command += f" {option} {','.join(map(str, numbers)) or 'none'}"
-        what = str(error) if isinstance(error, PagedKVError) else f"{type(error).__name__}: {error}"
-        super().__init__(
-            f"{what} (seed {overload.seed}, shrunk to {len(requests)} of {len(overload.arrivals)} requests and "
-            f"{len(faults)} of {len(overload.faults)} faults, {overload.service}); again with: {self.command}"
+            command += f" {option} {','.join(map(str, numbers)) or 'none'}"
+        where = (
+            f"seed {overload.seed}, shrunk to {len(requests)} of {len(overload.arrivals)} requests and "
+            f"{len(faults)} of {len(overload.faults)} faults, {overload.service}"
         )
+        super().__init__(error, where, command)
 
 
 @dataclass(slots=True)

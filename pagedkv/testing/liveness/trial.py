@@ -6,24 +6,21 @@ import dataclasses
 from collections.abc import Callable
 
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, InvariantViolation, StalePlanError, UnknownIdError
-from pagedkv.scheduler import Event, Request, RequestTooLargeError, StepPlan
+from pagedkv.scheduler import Event, Request, StepPlan
 from pagedkv.scheduler.events import Finished
 from pagedkv.testing.event_log import EventLogChecker
 from pagedkv.testing.liveness.overload import Overload
 from pagedkv.testing.soak.checkers import check_empty, steps_to_finish
-from pagedkv.testing.soak.fault_points import ALLOCATION_POINTS, AllocationFaults, InjectedFailureError
 from pagedkv.testing.soak.fault_sources import ScriptedFaults
-from pagedkv.testing.soak.neighbour import Neighbour
-from pagedkv.testing.soak.scheduler_build import SchedulerFactory, SinkRaisedError, WorldSink, build_scheduler
+from pagedkv.testing.soak.faulty_service import Faults, FaultyService
+from pagedkv.testing.soak.scheduler_build import SchedulerFactory, build_scheduler
 from pagedkv.testing.soak.settings import FaultKind
 from pagedkv.testing.soak.traffic import fits_alone
 
 __all__ = ["LivenessTrial"]
 
-Faults = dict[FaultKind, int]
 
-
-class LivenessTrial:
+class LivenessTrial(FaultyService):
     """One service, from its first request to its last.
 
     It keeps books of who must be served and who was, from the events alone; prompts are simulated, so that what takes
@@ -34,28 +31,21 @@ class LivenessTrial:
         self.overload = overload
         config, cache = overload.service.scheduler, overload.service.cache
         self.log = EventLogChecker(max_num_running=config.max_num_running, num_blocks=cache.num_blocks)
-        self.sink = WorldSink(self)
-        self.sink.call_back = self._abort_one
-        self.scheduler = factory(overload.service, self.sink)
-        self.allocations = AllocationFaults(self.scheduler.manager.memory)
-        self.neighbour = Neighbour(self.scheduler.manager)
+        super().__init__(overload.service, self, factory)
         self.samples_left: dict[str, int] = {}
         """Samples that each live request has still to finish."""
         self._requests: dict[str, Request] = {}
         self._faults = ScriptedFaults(overload.faults)
         self._arrivals = list(overload.arrivals)
         self._copies_will_fail = False
-        self._is_log_behind = False
         self._num_aborts = 0
-        self._skew_s = 0.0
-        self.num_steps = 0
         self.max_share = 0.0
         """Steps that the faultless part took, as a share of those that were stated."""
 
     @property
     def now(self) -> float:
         """What the scheduler's clock shows."""
-        return self.num_steps + self._skew_s
+        return self.num_steps + self.skew_s
 
     def emit(self, event: Event) -> None:
         """Take an event: hold it against those before, and note who is served."""
@@ -75,15 +65,15 @@ class LivenessTrial:
     # While things go wrong
 
     def _step(self, faults: Faults) -> None:
-        self._is_log_behind = False
+        self.is_log_behind = False
         self._arrive()
         self._strike(faults)
         self._arm(faults)
+        self._copies_will_fail |= FaultKind.COPY_PARTIAL in faults
         plan = self._schedule() if self.scheduler.has_work else None
-        self.allocations.disarm()
         if plan is not None:
             self._carry_out(plan, faults)
-        self.sink.raises_in = self.sink.calls_back_in = 0
+        self._disarm()
 
     def _arrive(self, *, ahead: int = 0) -> None:
         """Add who comes by now, or by some steps from now."""
@@ -91,23 +81,15 @@ class LivenessTrial:
             self._add(self._arrivals.pop(0)[1])
 
     def _add(self, request: Request) -> None:
-        may_run = fits_alone(request, self.overload.service)
-        if may_run:
+        if fits_alone(request, self.service):
             self.samples_left[request.request_id] = request.n if request.max_new_tokens else 1
             self._requests[request.request_id] = request
-        try:
-            self._ignoring_sink(lambda: self.scheduler.add(request, self.now))
-        except RequestTooLargeError:
-            if may_run:
-                raise InvariantViolation("I12", f"{request.request_id!r} fits, and was refused") from None
-            return
-        if not may_run and not self._is_log_behind:
-            raise InvariantViolation("I12", f"{request.request_id!r} can never fit, and was taken")
+        self._add_request(request)
 
     def _strike(self, faults: Faults) -> None:
         """Faults between two steps."""
         self.neighbour.leave(self.num_steps)
-        self._skew_s += faults.get(FaultKind.CLOCK_JUMP, 0)
+        self.skew_s += faults.get(FaultKind.CLOCK_JUMP, 0)
         if FaultKind.DUPLICATE_ID in faults and self.samples_left:
             twin = dataclasses.replace(self._requests[next(iter(self.samples_left))], max_new_tokens=1)
             self._expect(DuplicateIdError, lambda: self.scheduler.add(twin, self.now))
@@ -116,29 +98,7 @@ class LivenessTrial:
         if faults.get(FaultKind.ABORT, 1) % 2 == 0:
             self._num_aborts = faults[FaultKind.ABORT]
             self._abort_one()
-        if FaultKind.DEVICE_FULL in faults:
-            self.neighbour.take_device(self.num_steps + faults[FaultKind.DEVICE_FULL])
-        if FaultKind.HOST_FULL in faults:
-            self.neighbour.take_host(self.num_steps + faults[FaultKind.HOST_FULL])
-
-    def _arm(self, faults: Faults) -> None:
-        """Faults inside of a call."""
-        if FaultKind.ALLOCATION in faults:
-            nth, point = divmod(faults[FaultKind.ALLOCATION], len(ALLOCATION_POINTS))
-            self.allocations.arm(ALLOCATION_POINTS[point], max(nth, 1))
-        self.sink.raises_in = faults.get(FaultKind.SINK_RAISES, 0)
-        self.sink.calls_back_in = faults.get(FaultKind.SINK_CALLS_BACK, 0)
-        self._copies_will_fail |= FaultKind.COPY_PARTIAL in faults
-
-    def _schedule(self) -> StepPlan | None:
-        try:
-            return self.scheduler.schedule(self.now)
-        except InjectedFailureError:
-            self._is_log_behind = True
-            return None
-        except SinkRaisedError:
-            self._is_log_behind = True
-            return self.scheduler.in_flight
+        self._take_memory(faults)
 
     def _carry_out(self, plan: StepPlan, faults: Faults) -> None:
         """Report the plan as computed, or as failed; a lot may happen before."""
@@ -165,12 +125,7 @@ class LivenessTrial:
         if self.samples_left:
             request_id = list(self.samples_left)[self._num_aborts % len(self.samples_left)]
             del self.samples_left[request_id]
-            try:
-                self._ignoring_sink(lambda: self.scheduler.abort(request_id, self.now))
-            except UnknownIdError:
-                # Called back in the middle of the call that ended it.
-                if not self.sink.is_calling_back:
-                    raise InvariantViolation("I9", f"live request {request_id!r} is not known") from None
+            self._abort_request(request_id)
 
     # Once nothing goes wrong any more
 
@@ -179,8 +134,10 @@ class LivenessTrial:
         self.neighbour.leave()
         while self._arrivals:
             self._add(self._arrivals.pop(0)[1])
+        if not self.scheduler.has_work:  # Then no step comes that would tell what a raising sink has left untold.
+            self.scheduler.update(self.scheduler.schedule(self.now), None, self.now)
         live = (self._requests[request_id] for request_id in self.samples_left)
-        bound = steps_to_finish(live, self.overload.service.scheduler)
+        bound = steps_to_finish(live, self.service.scheduler)
         first_step = self.num_steps
         while self.scheduler.has_work:
             if self.num_steps - first_step == bound:
@@ -189,7 +146,7 @@ class LivenessTrial:
             if not plan.num_rows:
                 raise InvariantViolation("I11", f"{self.scheduler.num_waiting} samples wait, and nothing runs")
             # What the last fault has left untold is told by now; from here on the memory is the scheduler's own.
-            self.log.max_preemptions = self.overload.service.scheduler.max_preemptions
+            self.log.max_preemptions = self.service.scheduler.max_preemptions
             self.scheduler.update(plan, None, self.now)
             self.num_steps += 1
         if self.samples_left:
@@ -199,13 +156,6 @@ class LivenessTrial:
         self.log.finish(is_complete=True)
 
     # Calls and what they may raise
-
-    def _ignoring_sink(self, call: Callable[[], object]) -> None:
-        """What the sink raises comes after the work: the call has done its part."""
-        try:
-            call()
-        except SinkRaisedError:
-            self._is_log_behind = True
 
     def _expect(self, error: type[Exception], call: Callable[[], object]) -> None:
         try:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pagedkv.errors import PagedKVError
 from pagedkv.testing.soak.fault_sources import FaultSource, NoFaults, RandomFaults
+from pagedkv.testing.soak.run_failed import RunFailedError
 from pagedkv.testing.soak.scheduler_build import SchedulerFactory, build_scheduler
 from pagedkv.testing.soak.settings import SERVICE_HOURS, SoakConfig, draw_service
 from pagedkv.testing.soak.world import World
@@ -25,21 +25,17 @@ QUIET_S = 100.0
 WARM_UP_HOURS = 1.0
 
 
-class SoakFailedError(PagedKVError):
+class SoakFailedError(RunFailedError):
     """Something did not hold. The message says what, when, and which command does it again."""
 
     def __init__(self, config: SoakConfig, world: World, error: BaseException, *, hours_before: float = 0.0) -> None:
-        self.invariant: str | None = getattr(error, "invariant", None)
         # The shortest run that gets there: what comes before is drawn from the same seed, and cannot be left out.
         hours = min(config.hours, ceil(1e4 * (hours_before + world.clock_s / HOUR_S)) / 1e4)
-        self.command = f"pagedkv soak --hours {max(hours, 1e-4):.10g} --seed {config.seed}"
+        command = f"pagedkv soak --hours {max(hours, 1e-4):.10g} --seed {config.seed}"
         if config.service_hours != SERVICE_HOURS:
-            self.command += f" --service-hours {config.service_hours:g}"
-        what = str(error) if isinstance(error, PagedKVError) else f"{type(error).__name__}: {error}"
-        super().__init__(
-            f"{what} (simulated second {world.clock_s:.1f} of this service, step {world.num_steps}, {world.service}); "
-            f"again with: {self.command}"
-        )
+            command += f" --service-hours {config.service_hours:g}"
+        where = f"simulated second {world.clock_s:.1f} of this service, step {world.num_steps}, {world.service}"
+        super().__init__(error, where, command)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from pagedkv.errors import (
     StalePlanError,
     UnknownIdError,
 )
-from pagedkv.scheduler import EventLog, RequestTooLargeError, StepOutcome, StepPlan
+from pagedkv.scheduler import EventLog, StepOutcome, StepPlan
 from pagedkv.testing.event_log import EventLogChecker
 from pagedkv.testing.scheduler_shadow import VOCABULARY, Answer, ShadowEngine, root_state
 from pagedkv.testing.soak.checkers import (
@@ -26,10 +26,10 @@ from pagedkv.testing.soak.checkers import (
     check_tokens,
     steps_to_finish,
 )
-from pagedkv.testing.soak.fault_points import ALLOCATION_POINTS, AllocationFaults, InjectedFailureError
 from pagedkv.testing.soak.fault_sources import FaultSource, NoFaults
+from pagedkv.testing.soak.faulty_service import Faults, FaultyService
 from pagedkv.testing.soak.neighbour import Neighbour
-from pagedkv.testing.soak.scheduler_build import SchedulerFactory, SinkRaisedError, WorldSink, build_scheduler
+from pagedkv.testing.soak.scheduler_build import SchedulerFactory, build_scheduler
 from pagedkv.testing.soak.settings import FaultKind, Service
 from pagedkv.testing.soak.traffic import Traffic, Wish, fits_alone
 from pagedkv.testing.state_digest import state_digest
@@ -40,10 +40,9 @@ MAX_LIVE = 48
 RECOUNT_EVERY = 50
 STEP_S = 0.25
 TOKEN_S = 0.004
-Faults = dict[FaultKind, int]
 
 
-class World:
+class World(FaultyService):
     """One service from its first request to its last. Everything follows from the service, the faults and `rng`.
 
     `step` does what happens around one step, faults included, and checks what must hold; `drain` stops arrivals and faults
@@ -58,29 +57,21 @@ class World:
         *,
         factory: SchedulerFactory = build_scheduler,
     ) -> None:
-        self.service = service
         self.rng = rng
         self.faults: FaultSource = NoFaults() if faults is None else faults
         self.log = LogFile(
             EventLogChecker(max_num_running=service.scheduler.max_num_running, num_blocks=service.cache.num_blocks)
         )
-        self.sink = WorldSink(EventLog(cast("TextIO", self.log)))
-        self.sink.call_back = self._abort_one
-        self.scheduler = factory(service, self.sink)
+        super().__init__(service, EventLog(cast("TextIO", self.log)), factory)
         self.engine = ShadowEngine(self.scheduler)
-        self.allocations = AllocationFaults(self.scheduler.manager.memory)
         self.neighbour = Neighbour(self.scheduler.manager, self.engine)
         self.traffic = Traffic(service, rng)
         self.wishes: dict[str, Wish] = {}
         self.clock_s = 0.0
-        self.skew_s = 0.0
-        self.num_steps = 0
         self.num_tokens = 0
         self.num_turned_away = 0
         self._copies_until_failure: int | None = None
         self._gone: list[str] = []
-        self.is_log_behind = False
-        """Whether a call of this step was cut short, so that the last events are told only by the next one."""
         self.fault_counts: dict[str, int] = dict.fromkeys(FaultKind, 0)
 
     @property
@@ -104,11 +95,10 @@ class World:
             self.clock_s = max(self.clock_s, self.traffic.next_arrival_s)
         else:
             self._arm(faults)
-            plan = self._schedule()
-            self.allocations.disarm()
+            plan = self._schedule(self._guesses())
             if plan is not None:
                 self._carry_out(plan, faults)
-        self.sink.raises_in = self.sink.calls_back_in = 0
+        self._disarm()
         while self._gone:
             self.engine.roots.pop(self._gone.pop(), None)
         self.num_steps += 1
@@ -134,7 +124,7 @@ class World:
                 raise InvariantViolation(
                     "I11", f"{sorted(self.wishes)[:10]} are not through after {bound} steps without faults"
                 )
-            plan = self._schedule()
+            plan = self._schedule(self._guesses())
             if plan is None or not plan.num_rows:
                 raise InvariantViolation("I11", f"{self.scheduler.num_waiting} samples wait and nothing runs")
             self._carry_out(plan, {})
@@ -147,18 +137,6 @@ class World:
         self.log.checker.finish(is_complete=True)
         self.engine.seats.clear()
         return self.num_steps - first_step
-
-    def _schedule(self) -> StepPlan | None:
-        """Plan a step, whatever gets in the way; None if nothing came of it."""
-        try:
-            return self.scheduler.schedule(self.now, self._guesses())
-        except InjectedFailureError:
-            self.scheduler.check_invariants()
-            self.is_log_behind = True
-            return None
-        except SinkRaisedError:
-            self.is_log_behind = True
-            return self.scheduler.in_flight
 
     def _carry_out(self, plan: StepPlan, faults: Faults) -> None:
         """Run the plan, or fail at it, and report."""
@@ -268,21 +246,13 @@ class World:
                 self._add(wish)
 
     def _add(self, wish: Wish) -> None:
-        """Bring a request: admitted exactly if it could run alone (I12)."""
+        """Bring a request, and write down who must be served."""
         request = wish.request
-        may_run = fits_alone(request, self.service)
-        if may_run:
+        if fits_alone(request, self.service):
             self.wishes[request.request_id] = wish
             if root := root_state(request):
                 self.engine.roots[request.request_id] = root
-        try:
-            self._ignoring_sink(lambda: self.scheduler.add(request, self.now))
-        except RequestTooLargeError:
-            if may_run:
-                raise InvariantViolation("I12", f"{request.request_id!r} fits, and was refused") from None
-            return
-        if not may_run and not self.is_log_behind:
-            raise InvariantViolation("I12", f"{request.request_id!r} can never fit, and was taken")
+        self._add_request(request)
 
     def _abort_one(self) -> None:
         """A client gives up, whatever state its request is in."""
@@ -290,12 +260,7 @@ class World:
             ids = list(self.wishes)
             request_id = ids[int(self.rng.integers(len(ids)))]
             self._forget(request_id)
-            try:
-                self._ignoring_sink(lambda: self.scheduler.abort(request_id, self.now))
-            except UnknownIdError:
-                # Called back in the middle of the call that ended it.
-                if not self.sink.is_calling_back:
-                    raise InvariantViolation("I9", f"live request {request_id!r} is not known") from None
+            self._abort_request(request_id)
 
     def _before_step(self, faults: Faults) -> None:
         """Faults that strike between two steps."""
@@ -310,18 +275,7 @@ class World:
             self._expect(UnknownIdError, lambda: self.scheduler.abort("nobody", self.now))
         if FaultKind.ABORT in faults and faults[FaultKind.ABORT] % 2 == 0:
             self._abort_one()
-        if FaultKind.DEVICE_FULL in faults:
-            self.neighbour.take_device(self.num_steps + faults[FaultKind.DEVICE_FULL])
-        if FaultKind.HOST_FULL in faults:
-            self.neighbour.take_host(self.num_steps + faults[FaultKind.HOST_FULL])
-
-    def _arm(self, faults: Faults) -> None:
-        """Faults that strike inside of a call."""
-        if FaultKind.ALLOCATION in faults:
-            nth, point = divmod(faults[FaultKind.ALLOCATION], len(ALLOCATION_POINTS))
-            self.allocations.arm(ALLOCATION_POINTS[point], max(nth, 1))
-        self.sink.raises_in = faults.get(FaultKind.SINK_RAISES, 0)
-        self.sink.calls_back_in = faults.get(FaultKind.SINK_CALLS_BACK, 0)
+        self._take_memory(faults)
 
     def _call_badly(self, plan: StepPlan) -> None:
         scheduler, now = self.scheduler, self.now
@@ -391,10 +345,3 @@ class World:
 
     def _answer(self, seat: tuple[str, int]) -> Answer:
         return self.wishes[seat[0]].answers[seat[1]]
-
-    def _ignoring_sink(self, call: Callable[[], object]) -> None:
-        """What the sink raises comes after the work: the call has done its part."""
-        try:
-            call()
-        except SinkRaisedError:
-            self.is_log_behind = True
