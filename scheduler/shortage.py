@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.arrays import Rows
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler.events import Event, Preempted
@@ -92,16 +96,26 @@ class Shortage:
                 sample.state = SampleState.WAITING
 
     def _choose(self) -> Sample:
-        """The victim policy's choice among those that have filled a block since they came back, or among all.
+        """The victim policy's choice among those that give a block back and have filled one since they came back.
 
-        Settled ones are spared: admission has seen to it that their blocks suffice for all of them. They can be the only
-        ones left where somebody else uses the same memory; then one of them goes all the same, or nobody would get on.
+        If there are none, among those that at least give one back, then among the others. Settled ones are spared:
+        admission has seen to it that their blocks suffice for all of them. They can be the only ones left where somebody
+        else uses the same memory; then one of them goes all the same, or nobody would get on.
         """
-        running = self._running
-        rows = running.rows
-        unsettled = rows[~running.is_settled[rows]]
-        unprotected = unsettled[self._memory.sequences.num_known[unsettled] >= running.protected_until[unsettled]]
-        candidates = next((some for some in (unprotected, unsettled) if len(some)), rows)
+        running, rows = self._running, self._running.rows
+        is_unsettled = ~running.is_settled[rows]
+        is_unprotected = is_unsettled & (self._memory.sequences.num_known[rows] >= running.protected_until[rows])
+        gives_back = self._gives_back(rows)
+        tiers = (is_unprotected & gives_back, is_unsettled & gives_back, is_unprotected, is_unsettled)
+        candidates = next((rows[tier] for tier in tiers if tier.any()), rows)
         choice = self._victim.choose(running.ranks[candidates], running.serials[candidates])
         sample: Sample = running.samples[candidates[choice]]
         return sample
+
+    def _gives_back(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether each row is the only holder of a block, (n,) bool: of its last one, for whoever shares that shares all."""
+        table = self._memory.sequences
+        num_blocks = table.num_blocks[rows]
+        last = table.blocks_at(rows, np.maximum(num_blocks, 1) - 1)
+        is_alone: NDArray[np.bool_] = (self._memory.pool.counts(last) == 1) & (num_blocks > 0)
+        return is_alone
