@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pagedkv import CacheConfig, KVCacheManager
 from pagedkv.scheduler import Request, Scheduler, StepOutcome, StepPlan
+
+# Tests are imported without a package around them; small_scheduler is found beside this file.
+sys.path.append(str(Path(__file__).parent))
 
 VOCABULARY = 50
 

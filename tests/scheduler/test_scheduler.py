@@ -1,4 +1,4 @@
-"""What the scheduler promises beyond the order of work: refusals, fairness, preemption, failure, typed errors."""
+"""What the scheduler promises beyond the order of work: plans, fairness, failure, logs."""
 
 from __future__ import annotations
 
@@ -7,191 +7,19 @@ import json
 
 import numpy as np
 import pytest
+from small_scheduler import Events, finish, make_scheduler, request, running_ids, step
 
 from pagedkv import (
-    CacheConfig,
-    ConfigError,
-    DuplicateIdError,
     InvalidArgumentError,
-    KVCacheManager,
     SimulatedPrompt,
     StalePlanError,
 )
 from pagedkv.scheduler import (
-    Cheaper,
     EventLog,
-    LowestPriority,
-    PreemptionMode,
-    Priority,
     Recompute,
     Request,
-    RequestTooLargeError,
-    Scheduler,
-    SchedulerConfig,
     Swap,
 )
-
-
-class Events(list):
-    """A sink that keeps the events."""
-
-    def emit(self, event) -> None:
-        self.append(event)
-
-    def named(self, name: str) -> list:
-        return [event for event in self if type(event).__name__ == name]
-
-
-def make_scheduler(*, num_blocks=8, block_size=4, budget=64, seats=4, host=0, watermark=0.0, config=None, **policies):
-    cache = CacheConfig(num_blocks, block_size, host)
-    config = SchedulerConfig(budget, seats, watermark=watermark, **(config or {}))
-    return Scheduler(config, KVCacheManager(cache), **policies)
-
-
-def request(name: str, num_prompt: int, num_new: int, **more) -> Request:
-    first = sum(name.encode()) * 1000
-    return Request(name, [first + i for i in range(num_prompt)], num_new, **more)
-
-
-def step(scheduler: Scheduler):
-    plan = scheduler.schedule(0.0)
-    scheduler.update(plan, [1] * len(plan.sampling_rows), 0.0)
-    return plan
-
-
-def finish(scheduler: Scheduler, max_steps: int = 500) -> int:
-    for num_steps in range(max_steps):
-        if not scheduler.has_work:
-            return num_steps
-        step(scheduler)
-        scheduler.check_invariants()
-    raise AssertionError("not done")
-
-
-def running_ids(scheduler: Scheduler) -> list[str]:
-    return [sample.request.request_id for sample in scheduler._running.samples[scheduler._running.rows]]
-
-
-# Refusals
-
-
-def test_a_request_that_can_never_fit_is_refused_with_the_arithmetic() -> None:
-    sink = Events()
-    scheduler = make_scheduler(sink=sink)
-
-    with pytest.raises(RequestTooLargeError, match="30 prompt \\+ 4 new tokens need 9 blocks of 4, the pool has 8"):
-        scheduler.add(request("a", 30, 4), 0.0)
-
-    assert not scheduler.has_work
-    assert [event.request_id for event in sink.named("Refused")] == ["a"]
-
-
-def test_a_request_that_fills_the_pool_exactly_runs() -> None:
-    scheduler = make_scheduler()
-    # 29 + 4 - 1 = 32 tokens: the K/V of the last token is never computed.
-    scheduler.add(request("a", 29, 4), 0.0)
-
-    assert finish(scheduler) == 4
-
-
-def test_more_samples_than_seats_are_refused() -> None:
-    with pytest.raises(RequestTooLargeError, match="5 samples need as many seats, there are 4"):
-        make_scheduler().add(request("a", 3, 4, n=5), 0.0)
-
-
-def test_without_chunked_prefill_a_request_longer_than_the_budget_is_refused() -> None:
-    scheduler = make_scheduler(budget=8, config={"chunked_prefill": False})
-
-    with pytest.raises(RequestTooLargeError, match="up to 9 tokens must be computed in one step"):
-        scheduler.add(request("a", 6, 4), 0.0)
-
-
-def test_a_duplicate_id_changes_nothing() -> None:
-    scheduler = make_scheduler()
-    scheduler.add(request("a", 3, 4), 0.0)
-
-    with pytest.raises(DuplicateIdError, match="'a' is live already"):
-        scheduler.add(request("a", 5, 1), 0.0)
-
-    assert scheduler.num_waiting == 1
-    finish(scheduler)
-    scheduler.add(request("a", 3, 4), 0.0)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"request_id": ""},
-        {"request_id": 7},
-        {"prompt": []},
-        {"prompt": [-1]},
-        {"prompt": [2**31]},
-        {"prompt": [1.5]},
-        {"prompt": [float("nan")]},
-        {"max_new_tokens": -1},
-        {"max_new_tokens": True},
-        {"max_new_tokens": 2**40},
-        {"n": 0},
-        {"n": 10**6},
-        {"priority": float("nan")},
-        {"salt": b"x" * 65},
-        {"salt": "text"},
-        {"adapter": 3},
-        {"stop_token_ids": [-1]},
-        {"stop_token_ids": list(range(2000))},
-    ],
-    ids=str,
-)
-def test_a_wrong_request_is_one_typed_error_and_changes_nothing(wrong) -> None:
-    scheduler = make_scheduler()
-    fields = {"request_id": "a", "prompt": [1, 2], "max_new_tokens": 1, **wrong}
-
-    with pytest.raises(InvalidArgumentError):
-        scheduler.add(Request(**fields), 0.0)
-
-    assert not scheduler.has_work
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"max_num_batched_tokens": 0},
-        {"max_num_batched_tokens": 10, "max_num_running": 11},
-        {"max_num_running": -1},
-        {"watermark": 1.0},
-        {"watermark": float("nan")},
-        {"long_prefill_tokens": 0},
-        {"long_prefill_tokens": 9, "chunked_prefill": False},
-        {"max_bypasses": -1},
-        {"max_num_running": 2.0},
-    ],
-    ids=str,
-)
-def test_a_wrong_configuration_is_refused(wrong) -> None:
-    with pytest.raises(ConfigError):
-        SchedulerConfig(**wrong)
-
-
-@pytest.mark.parametrize("now", [float("nan"), float("inf"), "0", None], ids=str)
-def test_a_time_that_is_no_number_is_refused_and_changes_nothing(now) -> None:
-    scheduler = make_scheduler(policy=Priority())
-    scheduler.add(request("a", 3, 4), 0.0)
-    plan = scheduler.schedule(0.0)
-
-    for call in (
-        lambda: scheduler.add(request("b", 3, 4), now),
-        lambda: scheduler.abort("a", now),
-        lambda: scheduler.update(plan, [1], now),
-        lambda: scheduler.fail(plan, now),
-        lambda: scheduler.schedule(now),
-    ):
-        with pytest.raises(InvalidArgumentError, match="now must be a finite number"):
-            call()
-
-    assert (scheduler.in_flight, scheduler.num_running, scheduler.num_waiting) == (plan, 1, 0)
-    scheduler.check_invariants()
-    scheduler.update(plan, [1], 0.0)
-
 
 # Plans
 
@@ -339,110 +167,6 @@ def test_the_reason_for_not_admitting_is_told_once() -> None:
     finish(scheduler)
 
     assert [(event.request_id, event.reason) for event in sink.named("Deferred")] == [("b", "no seat")]
-
-
-# Preemption
-
-
-def test_blocks_run_short_and_the_latest_arrival_is_preempted() -> None:
-    sink = Events()
-    scheduler = make_scheduler(num_blocks=4, sink=sink)
-    scheduler.add(request("a", 7, 9), 0.0)
-    scheduler.add(request("b", 7, 9), 0.0)
-
-    finish(scheduler)
-
-    preempted = sink.named("Preempted")
-    assert {event.request_id for event in preempted} == {"b"}
-    assert (preempted[0].mode, preempted[0].num_computed_tokens) == ("recompute", 8)
-    assert (preempted[0].num_used_before, preempted[0].num_used_after) == (4, 2)
-
-
-def test_under_priorities_the_least_important_is_preempted() -> None:
-    sink = Events()
-    order = {"policy": Priority(ageing_per_s=0), "victim": LowestPriority()}
-    scheduler = make_scheduler(num_blocks=4, sink=sink, **order)
-    scheduler.add(request("a", 7, 9, priority=2), 0.0)
-    scheduler.add(request("b", 7, 9, priority=1), 0.0)
-
-    finish(scheduler)
-
-    assert {event.request_id for event in sink.named("Preempted")} == {"a"}
-
-
-def test_only_as_many_lose_their_seat_as_blocks_are_needed() -> None:
-    sink = Events()
-    scheduler = make_scheduler(num_blocks=6, sink=sink)
-    for name in ("a", "b", "c"):
-        scheduler.add(request(name, 7, 2), 0.0)
-
-    step(scheduler)
-    step(scheduler)
-
-    assert len(sink.named("Preempted")) == 0
-    scheduler = make_scheduler(num_blocks=6, sink=sink)
-    for name in ("a", "b", "c"):
-        scheduler.add(request(name, 7, 3), 0.0)
-    for _ in range(3):
-        step(scheduler)
-    assert [event.request_id for event in sink.named("Preempted")] == ["c"]
-
-
-def test_a_sample_that_came_back_is_not_thrown_out_before_it_fills_a_block() -> None:
-    sink = Events()
-    scheduler = make_scheduler(num_blocks=8, sink=sink)
-    manager = scheduler.manager
-    for name in ("a", "b"):
-        scheduler.add(request(name, 7, 16), 0.0)
-    step(scheduler)
-    manager.open("other", [9] * 24)
-    manager.append("other", manager.memory.pool.num_free * 4)
-    while not sink.named("Preempted"):
-        step(scheduler)
-    manager.close("other")
-    manager.reset_prefix_cache()
-    step(scheduler)  # b comes back
-    manager.open("other", [8] * 24)
-    manager.append("other", manager.memory.pool.num_available * 4)
-    while len(sink.named("Preempted")) < 2:
-        step(scheduler)
-
-    assert [event.request_id for event in sink.named("Preempted")] == ["b", "a"]
-
-
-@pytest.mark.parametrize("policy", [Swap(), Recompute()], ids=["swap", "recompute"])
-def test_swapping_computes_no_token_twice_and_recomputing_needs_no_host(policy) -> None:
-    scheduler = make_scheduler(num_blocks=5, host=8, preemption=policy)
-    for name in ("a", "b"):
-        scheduler.add(request(name, 7, 9), 0.0)
-    num_computed = num_swapped = 0
-    while scheduler.has_work:
-        plan = step(scheduler)
-        num_computed += int(plan.num_tokens.sum())
-        num_swapped += len(plan.swaps_out)
-
-    needed = 2 * (7 + 9 - 1)
-    assert (num_computed == needed) == isinstance(policy, Swap)
-    assert (num_swapped > 0) == isinstance(policy, Swap)
-    assert scheduler.manager.memory.host_pool.num_used == 0
-
-
-def test_a_full_host_pool_means_recompute() -> None:
-    sink = Events()
-    scheduler = make_scheduler(num_blocks=4, host=1, preemption=Swap(), sink=sink)
-    for name in ("a", "b"):
-        scheduler.add(request(name, 7, 9), 0.0)
-
-    finish(scheduler)
-
-    assert {event.mode for event in sink.named("Preempted")} == {"recompute"}
-
-
-def test_the_cheaper_mode_follows_the_two_costs() -> None:
-    policy = Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=5.0)
-
-    assert policy.choose(num_computed_tokens=9, num_blocks=1) is PreemptionMode.RECOMPUTE
-    assert policy.choose(num_computed_tokens=11, num_blocks=1) is PreemptionMode.SWAP
 
 
 # Abort and failure

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+from small_scheduler import Events
+
 from pagedkv import CacheConfig, KVCacheManager, SimulatedPrompt
 from pagedkv.scheduler import LowestPriority, Priority, Request, Scheduler, SchedulerConfig
-from pagedkv.scheduler.events import Preempted
-
-
-class Events(list):
-    def emit(self, event: object) -> None:
-        self.append(event)
 
 
 def test_who_shares_all_blocks_keeps_its_seat_while_another_would_give_one_back() -> None:
@@ -28,7 +24,7 @@ def test_who_shares_all_blocks_keeps_its_seat_while_another_would_give_one_back(
     scheduler.update(scheduler.schedule(1.0), None, 1.0)
     scheduler.update(scheduler.schedule(2.0), None, 2.0)
 
-    preempted = [event for event in events if isinstance(event, Preempted)]
+    preempted = events.named("Preempted")
     assert [(event.request_id, event.num_used_before, event.num_used_after) for event in preempted] == [("owns", 5, 4)]
 
 
@@ -41,6 +37,6 @@ def test_siblings_that_share_everything_lose_their_seats_all_the_same() -> None:
     while scheduler.has_work:
         scheduler.update(scheduler.schedule(0.0), None, 0.0)
 
-    used = [(event.num_used_before, event.num_used_after) for event in events if isinstance(event, Preempted)]
+    used = [(event.num_used_before, event.num_used_after) for event in events.named("Preempted")]
     assert used
     assert used[0] == (2, 2)

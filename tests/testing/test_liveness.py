@@ -49,9 +49,10 @@ def fences_victims(service: Service, sink: EventSink) -> Scheduler:
     return FencesVictims(service.scheduler, KVCacheManager(service.cache), sink=sink)
 
 
-def test_what_a_sink_has_left_untold_in_the_end_is_heard() -> None:
-    """Its last event but one made the sink raise in an overload of which nothing was left but that event."""
-    assert run_liveness(1, first_seed=24_185).num_requests == 12
+@pytest.mark.parametrize("seed", [24_185, 43_044, 46_170])
+def test_what_once_failed_holds(seed: int) -> None:
+    """The last event was not told; a victim gave no block back; a request was taken for live whose end was not told yet."""
+    assert run_liveness(1, first_seed=seed).num_traces == 1
 
 
 class FirstArrival:

@@ -65,7 +65,6 @@ class LivenessTrial(FaultyService):
     # While things go wrong
 
     def _step(self, faults: Faults) -> None:
-        self.is_log_behind = False
         self._arrive()
         self._strike(faults)
         self._arm(faults)
@@ -90,7 +89,7 @@ class LivenessTrial(FaultyService):
         """Faults between two steps."""
         self.neighbour.leave(self.num_steps)
         self.skew_s += faults.get(FaultKind.CLOCK_JUMP, 0)
-        if FaultKind.DUPLICATE_ID in faults and self.samples_left:
+        if FaultKind.DUPLICATE_ID in faults and self.samples_left and not self.is_log_behind:
             twin = dataclasses.replace(self._requests[next(iter(self.samples_left))], max_new_tokens=1)
             self._expect(DuplicateIdError, lambda: self.scheduler.add(twin, self.now))
         if FaultKind.UNKNOWN_ID in faults:
@@ -121,8 +120,8 @@ class LivenessTrial(FaultyService):
             self._expect(StalePlanError, lambda: self.scheduler.update(plan, None, self.now))
 
     def _abort_one(self) -> None:
-        """A client gives up, whatever state its request is in."""
-        if self.samples_left:
+        """A client gives up, whatever state its request is in. Who is live is not known while the log is behind."""
+        if self.samples_left and (self.sink.is_calling_back or not self.is_log_behind):
             request_id = list(self.samples_left)[self._num_aborts % len(self.samples_left)]
             del self.samples_left[request_id]
             self._abort_request(request_id)

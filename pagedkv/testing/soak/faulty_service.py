@@ -31,7 +31,7 @@ class FaultyService:
         self.num_steps = 0
         self.skew_s = 0.0
         self.is_log_behind = False
-        """Whether a call of this step was cut short, so that the last events are told only by the next one."""
+        """Whether the last call that tells events was cut short, so that the next one tells the rest."""
 
     @property
     def now(self) -> float:
@@ -68,16 +68,17 @@ class FaultyService:
     def _schedule(self, drafts: Mapping[int, Sequence[int]] | None = None) -> StepPlan | None:
         """Plan a step; None if nothing came of it."""
         try:
-            return self.scheduler.schedule(self.now, drafts)
+            plan: StepPlan | None = self.scheduler.schedule(self.now, drafts)
+            self.is_log_behind = False
         except InjectedFailureError:
             self.scheduler.check_invariants()
             self.is_log_behind = True
-            return None
+            plan = None
         except SinkRaisedError:
             self.is_log_behind = True
-            return self.scheduler.in_flight
-        finally:
-            self.allocations.disarm()
+            plan = self.scheduler.in_flight
+        self.allocations.disarm()
+        return plan
 
     def _add_request(self, request: Request) -> None:
         """Bring a request: admitted exactly if it could run alone (I12)."""
@@ -104,5 +105,6 @@ class FaultyService:
         """What the sink raises comes after the work: the call has done its part."""
         try:
             call()
+            self.is_log_behind = False
         except SinkRaisedError:
             self.is_log_behind = True

@@ -84,10 +84,9 @@ class World(FaultyService):
     def step(self) -> None:
         """Whatever happens until one more step is over, or until the next arrival if nobody is there."""
         faults = self.faults.at(self.num_steps)
-        was_behind, self.is_log_behind = self.is_log_behind, False
         for kind in faults:
             self.fault_counts[kind] += 1
-        was_shared = was_behind or self.neighbour.is_there
+        was_shared = self.is_log_behind or self.neighbour.is_there
         self._arrivals()
         self._before_step(faults)
         self._expect_preemptions(is_shared=was_shared or self.neighbour.is_there)
