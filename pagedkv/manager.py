@@ -245,7 +245,7 @@ class KVCacheManager:
         appended = self.try_append(sequence_id, num_tokens)
         if appended is None:
             row = np.array([self.row(sequence_id)])
-            needed = int(self.memory.num_blocks_to_append(row, np.array([num_tokens]))[0])
+            needed = int(self.memory.sequences.num_blocks_to_append(row, np.array([num_tokens]))[0])
             raise OutOfBlocksError(max(needed, self.memory.pool.num_available + 1), self.memory.pool.num_available)
         return appended
 

@@ -11,7 +11,8 @@ from pagedkv.content import Content, SimulatedContent, TokenContent
 from pagedkv.draft_slots import DraftSlots
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
-from pagedkv.naming import BlockNaming, in_order_of_steps
+from pagedkv.leaps import Leaps
+from pagedkv.naming import BlockNaming
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.prefix_cache import PrefixCache
 from pagedkv.sequences import SequenceTable
@@ -43,6 +44,7 @@ class RowMemory:
         "drafts",
         "host_blocks",
         "host_pool",
+        "leaps",
         "naming",
         "pool",
         "sequences",
@@ -60,7 +62,9 @@ class RowMemory:
         self.host_blocks: dict[int, BlockIds] = {}
         self.naming = BlockNaming(self.cache, self.sequences)
         self.shared_tails = SharedTails(self.pool, self.sequences)
-        self.drafts = DraftSlots(self.pool, self.sequences, self.naming if config.prefix_caching else None)
+        naming = self.naming if config.prefix_caching else None
+        self.drafts = DraftSlots(self.pool, self.sequences, naming)
+        self.leaps = Leaps(self.pool, self.sequences, self.shared_tails, naming)
         self._serial = 0
 
     def next_serial(self) -> int:
@@ -191,12 +195,6 @@ class RowMemory:
             self._load_tail(row, content, num_after)
         table.num_known[row] = num_after
 
-    def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s | int) -> Int64s:
-        """Blocks that `try_append` would take for each row, copies on write not counted, (n,) int64."""
-        table = self.sequences
-        stops = table.num_computed[rows] + num_tokens
-        return -(-stops // self.block_size) - table.num_blocks[rows]
-
     def try_append(self, rows: Rows, num_tokens: Int64s) -> BlockCopies | None:
         """Give the next `num_tokens[i]` known tokens of each row their slots, and name the blocks that they fill.
 
@@ -268,62 +266,6 @@ class RowMemory:
         if self.caches_prefixes and last > first == table.num_named[row]:
             self.naming.name_run(row, first, last)
         return NO_COPIES
-
-    # Many steps at once
-
-    @property
-    def can_repeat(self) -> bool:
-        """Whether appending to rows needs no copies on write. O(1)."""
-        return self.shared_tails.num_marked == 0
-
-    def num_affordable_steps(self, rows: Rows, num_steps: int) -> int:
-        """How often, at most `num_steps`, each row can take one more token before blocks run short. O(rows log steps)."""
-        num_available = self.pool.num_available
-        if len(rows) * (num_steps // self.block_size + 1) <= num_available:
-            return num_steps
-
-        def needed(num: int) -> int:
-            return int(np.add.reduce(self.num_blocks_to_append(rows, num)))
-
-        if needed(num_steps) <= num_available:
-            return num_steps
-        low, high = 0, num_steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if needed(middle) <= num_available else (low, middle)
-        return low
-
-    def append_steps(self, rows: Rows, num_steps: int) -> Int64s:
-        """Append `num_steps` >= 1 tokens to each row of simulated content, one a step, each step making one more known.
-
-        Blocks are taken and named in the order in which single steps would have done it: by step, then by row. The
-        caller has made sure that they suffice. Returns (num_steps,) int64: blocks taken in each. O(rows + blocks).
-        """
-        table, block_size = self.sequences, self.block_size
-        starts = table.num_computed[rows]
-        stops = starts + num_steps
-        first = starts // block_size
-        offsets = starts - first * block_size
-        num_filled = (offsets + num_steps) // block_size
-        owners, steps = in_order_of_steps(num_filled, block_size - 1 - offsets, block_size)
-        filled = (starts[owners] + steps) // block_size
-        num_taken = np.zeros(num_steps, np.int64)
-        # A row takes a block in the step after it filled one, and in the first step if it stands at a block's start.
-        at_start = (offsets == 0).nonzero()[0]
-        num_later = int(steps.searchsorted(num_steps - 1))
-        if len(at_start) + num_later:
-            table.reserve_width(int(np.maximum.reduce(stops) - 1) // block_size + 1)
-            block_ids = self.pool.allocate(len(at_start) + num_later)
-            table.block_tables[rows[at_start], first[at_start]] = block_ids[: len(at_start)]
-            table.block_tables[rows[owners[:num_later]], filled[:num_later] + 1] = block_ids[len(at_start) :]
-            table.num_blocks[rows] = (stops + block_size - 1) // block_size
-            num_taken = np.bincount(steps[:num_later] + 1, minlength=num_steps)
-            num_taken[0] = len(at_start)
-        table.num_known[rows] = stops + 1
-        table.num_computed[rows] = stops
-        if self.caches_prefixes and len(owners):
-            self.naming.name_fresh(rows, first, num_filled, owners=owners, block_idx=filled)
-        return num_taken
 
     # Sharing
 

@@ -140,6 +140,11 @@ class SequenceTable:
         self.block_tables[row, held:total] = block_ids
         self.num_blocks[row] = total
 
+    def num_blocks_to_append(self, rows: Rows, num_tokens: Int64s | int) -> Int64s:
+        """Blocks that each row takes for so many tokens more, copies on write not counted, (n,) int64. O(n)."""
+        stops = self.num_computed[rows] + num_tokens
+        return -(-stops // self.block_size) - self.num_blocks[rows]
+
     def slots(self, rows: Rows, positions: Int64s) -> Int64s:
         """Slot of token `positions[i]` of row `rows[i]`: block_id * block_size + offset, (n,) int64. O(n)."""
         block_size = self.block_size

@@ -70,7 +70,7 @@ class CatchUp:
                 copies = memory.try_append(rows, num_tokens)
             if copies is not None:
                 return rows.copy(), starts, num_tokens, copies
-            num_needed = int(memory.num_blocks_to_append(rows, num_tokens).sum())
+            num_needed = int(memory.sequences.num_blocks_to_append(rows, num_tokens).sum())
             self._shortage.preempt(num_needed, now=now, step=step)
             self._admission.is_open = True
 

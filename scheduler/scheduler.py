@@ -251,7 +251,7 @@ class Scheduler:
             not self._kinds.num_with_tokens
             and len(plan.sampling_rows) == len(plan.rows) == len(self._running) > 0
             and not ended
-            and self._memory.can_repeat
+            and self._memory.leaps.are_possible
         )
         return self._collect(plan.rows, new, now)
 
@@ -280,7 +280,7 @@ class Scheduler:
         if not self._all_decode or not len(rows) or (self._admission.is_open and len(self._queue)):
             return 0
         num_left = int(np.minimum.reduce(self._running.max_tokens[rows] - self._memory.sequences.num_known[rows]))
-        return self._memory.num_affordable_steps(rows, num_left)
+        return self._memory.leaps.num_affordable(rows, num_left)
 
     def leap(self, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:
         """Take `num_steps` steps at once, 1 to what `num_steps_ahead()` said; the last ends at `now`.
@@ -294,7 +294,7 @@ class Scheduler:
         _require_time(now)
         as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
         rows = self._running.rows.copy()
-        used = self._memory.append_steps(rows, num_steps).cumsum()
+        used = self._memory.leaps.append(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]
         self._step += num_steps
         return self._collect(rows, NewTokens(rows, None), now), used

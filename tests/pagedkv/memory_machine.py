@@ -43,7 +43,7 @@ def digest(manager: KVCacheManager) -> dict[str, object]:
     state["host_blocks"] = {row: blocks.tolist() for row, blocks in memory.host_blocks.items()}
     state["counters"] = dataclasses.asdict(memory.counters)
     state["num_sequences"] = len(manager)
-    state["can_repeat"] = memory.can_repeat
+    state["can_repeat"] = memory.leaps.are_possible
     rows = {}
     for row in np.flatnonzero(table.is_live).tolist():
         num_known = int(table.num_known[row])

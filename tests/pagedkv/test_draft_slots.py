@@ -53,7 +53,7 @@ def test_accepted_drafts_count_as_computed_and_the_blocks_of_the_others_are_free
     assert (manager.num_computed("a"), manager.num_computed("b")) == (4, 2)
     assert manager.statistics().num_free == 5
     assert len(memory.cache) == 3  # Both of a, one of b.
-    assert memory.can_repeat  # Nothing must be copied before the next write.
+    assert memory.leaps.are_possible  # Nothing must be copied before the next write.
     manager.check_invariants()
 
 

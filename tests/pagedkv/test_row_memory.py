@@ -43,7 +43,7 @@ def test_in_a_batch_of_all_forks_the_last_one_writes_in_place(manager: KVCacheMa
     copies = manager.memory.try_append(rows, one_each(rows))
     assert list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)) == [(0, 1), (0, 2)]
     assert [manager.block_table(i).tolist() for i in "abc"] == [[1], [2], [0]]
-    assert manager.memory.can_repeat
+    assert manager.memory.leaps.are_possible
     manager.check_invariants()
 
 
@@ -140,7 +140,7 @@ def test_steps_are_affordable_until_the_blocks_are_gone() -> None:
         manager.open(sequence_id, SimulatedPrompt(1))
         manager.append(sequence_id, 1)
     rows = rows_of(manager, "a", "b")
-    assert [manager.memory.num_affordable_steps(rows, num) for num in (1, 3, 4, 100)] == [1, 3, 3, 3]
+    assert [manager.memory.leaps.num_affordable(rows, num) for num in (1, 3, 4, 100)] == [1, 3, 3, 3]
 
 
 @given(
@@ -167,11 +167,11 @@ def test_many_steps_at_once_are_the_same_steps_one_by_one(
         twins.append(manager)
     at_once, one_by_one = (twin.memory for twin in twins)
     rows = np.arange(len(lengths))
-    num_steps = min(num_steps, at_once.num_affordable_steps(rows, num_steps))
+    num_steps = min(num_steps, at_once.leaps.num_affordable(rows, num_steps))
     if num_steps == 0:
         return
 
-    num_taken = at_once.append_steps(rows, num_steps).tolist()
+    num_taken = at_once.leaps.append(rows, num_steps).tolist()
 
     expected = []
     one_by_one.extend(rows, None)

@@ -90,7 +90,7 @@ def short_of_names(prompt: object) -> KVCacheManager:
 APPENDS: dict[str, tuple[object, Callable[[KVCacheManager, np.ndarray], object]]] = {
     "a run": ([1, 2, 3, 4, 5, 6], lambda m, row: m.memory.try_append_run(int(row[0]), 3)),
     "a single token": ([1, 2, 3, 4, 5, 6], lambda m, row: m.memory.try_append_single(row, m.memory.sequences.num_computed[row])),
-    "simulated steps": (SimulatedPrompt(3), lambda m, row: m.memory.append_steps(row, 2)),
+    "simulated steps": (SimulatedPrompt(3), lambda m, row: m.memory.leaps.append(row, 2)),
 }  # fmt: skip
 
 
