@@ -35,9 +35,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Same seed, same calls.")] = 0,
     check_every: Annotated[int, typer.Option(help="Recount all tables after so many calls.", min=1)] = 1,
     read_every: Annotated[int, typer.Option(help="Read all content back after so many calls.", min=1)] = 1,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the outcome to this file, as JSON.", metavar="PATH")
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Make random calls on an allocator and compare every result with a model.
 
@@ -57,20 +55,22 @@ def verify(
             progress=progress,
         )
     seconds = time.perf_counter() - start
-    if json_path is not None:
-        json_path.write_text(json.dumps(_as_json(factory, report, seconds), indent=2) + "\n", encoding="utf-8")
-    if report.failure is None:
+    # A run that ends with the trial that fails; how often is checked decides what is found.
+    every = f" --check-every {check_every}" * (check_every > 1) + f" --read-every {read_every}" * (read_every > 1)
+    command = f"pagedkv verify {factory} --ops {report.num_operations} --seed {seed}{every}"
+    if as_json:
+        typer.echo(json.dumps(_as_json(factory, report, seconds, command), indent=2))
+    elif report.failure is None:
         rate = report.num_operations / seconds
         typer.echo(
             f"{factory}: {report.num_operations:,} operations in {report.num_trials:,} trials, nothing broken "
             f"(seed {seed}, {seconds:.1f} s, {rate:,.0f} operations/s, digest {report.digest[:16]})"
         )
-        return
-    _print_failure(factory, report, report.failure)
-    # A run that ends with the trial that fails; how often is checked decides what is found.
-    every = f" --check-every {check_every}" * (check_every > 1) + f" --read-every {read_every}" * (read_every > 1)
-    typer.echo(f"again with: pagedkv verify {factory} --ops {report.num_operations} --seed {seed}{every}")
-    raise typer.Exit(1)
+    else:
+        _print_failure(factory, report, report.failure)
+        typer.echo(f"again with: {command}")
+    if report.failure is not None:
+        raise typer.Exit(1)
 
 
 def load_factory(name: str) -> MakeAllocator:
@@ -123,7 +123,7 @@ def _print_failure(factory: str, report: Report, failure: Failure) -> None:
     typer.echo(failure.script(factory))
 
 
-def _as_json(factory: str, report: Report, seconds: float) -> dict[str, Any]:
+def _as_json(factory: str, report: Report, seconds: float, command: str) -> dict[str, Any]:
     failure = report.failure
     found = None
     if failure is not None:
@@ -137,6 +137,7 @@ def _as_json(factory: str, report: Report, seconds: float) -> dict[str, Any]:
             "calls": [called(operation) for operation in failure.operations],
             "num_calls_before_shrinking": failure.num_operations_found,
             "script": failure.script(factory),
+            "command": command,
         }
     return {
         "factory": factory,

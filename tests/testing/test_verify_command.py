@@ -26,20 +26,22 @@ def run(*arguments: object, cwd: Path, hash_seed: str = "0") -> subprocess.Compl
 
 
 def test_an_allocator_that_breaks_nothing_ends_with_0(tmp_path: Path) -> None:
-    result = run(MANAGER, "--ops", "2e3", "--seed", 7, "--json", tmp_path / "out.json", cwd=tmp_path)
+    result = run(MANAGER, "--ops", "2e3", "--seed", 7, cwd=tmp_path)
+    as_json = run(MANAGER, "--ops", "2e3", "--seed", 7, "--json", cwd=tmp_path)
 
-    outcome = json.loads((tmp_path / "out.json").read_text())
-    assert (result.returncode, result.stderr) == (0, "")
+    outcome = json.loads(as_json.stdout)
+    assert (result.returncode, result.stderr, as_json.returncode) == (0, "", 0)
     assert "trials, nothing broken (seed 7, " in result.stdout
     assert (outcome["passed"], outcome["seed"], outcome["failure"]) == (True, 7, None)
     assert outcome["num_operations"] >= 2000
 
 
 def test_a_broken_one_ends_with_1_and_a_script_that_breaks_in_the_same_way(tmp_path: Path) -> None:
-    result = run(BAD, "--json", "out.json", cwd=tmp_path)
+    result, as_json = run(BAD, cwd=tmp_path), run(BAD, "--json", cwd=tmp_path)
 
-    failure = json.loads((tmp_path / "out.json").read_text())["failure"]
-    assert result.returncode == 1
+    failure = json.loads(as_json.stdout)["failure"]
+    assert result.returncode == as_json.returncode == 1
+    assert result.stdout.endswith(f"again with: {failure['command']}\n")
     assert result.stdout.startswith("I5 is broken: append(")
     assert failure["script"] in result.stdout
     assert failure["invariant"] == "I5"
@@ -94,8 +96,8 @@ def test_what_cannot_be_run_ends_with_2_and_one_line(tmp_path: Path, arguments: 
 def test_results_are_the_same_whatever_the_hash_seed(tmp_path: Path) -> None:
     digests = set()
     for hash_seed in ("0", "1", "random"):
-        run(MANAGER, "--ops", 2000, "--json", "out.json", cwd=tmp_path, hash_seed=hash_seed)
-        digests.add(json.loads((tmp_path / "out.json").read_text())["digest"])
+        result = run(MANAGER, "--ops", 2000, "--json", cwd=tmp_path, hash_seed=hash_seed)
+        digests.add(json.loads(result.stdout)["digest"])
 
     assert len(digests) == 1
 
