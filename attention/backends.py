@@ -57,7 +57,7 @@ def _backends() -> dict[str, Backend]:
     # In the order of preference. Imported here: a backend imports this module's neighbours.
     from pagedkv.attention.cpu.backend import CPUBackend
     from pagedkv.attention.reference import ReferenceBackend
-    from pagedkv.attention.torch_backend import TorchBackend
+    from pagedkv.attention.torch_calls import TorchBackend
     from pagedkv.attention.triton_kernels import TritonBackend, is_interpreted
 
     backends: list[Backend] = [CPUBackend(), TorchBackend(), ReferenceBackend()]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from small_steps import check_close, naive_attention, small_step
 
-from pagedkv.attention import backend_info, key_pieces, pack_tree_mask, paged_attention, torch_backend
-from pagedkv.attention.key_pieces import KeyPieces
-from pagedkv.attention.torch_backend import _batches
+from pagedkv.attention import backend_info, pack_tree_mask, paged_attention
+from pagedkv.attention.torch_calls import backend, decodes, key_pieces, prefills, setup
+from pagedkv.attention.torch_calls.decodes import batches
+from pagedkv.attention.torch_calls.key_pieces import KeyPieces
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -31,10 +32,10 @@ RAGGED = ((1, 13), (3, 7), (1, 8), (0, 5), (2, 2), (6, 3), (1, 0), (9, 21), (1, 
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 8 keys, chunks of 16, and no more than 4 folded rows: every loop turns more than once."""
-    monkeypatch.setattr(torch_backend, "PIECE_TOKENS", 8)
-    monkeypatch.setattr(torch_backend, "CHUNK_TOKENS", (16, 16))
-    monkeypatch.setattr(torch_backend, "MAX_FOLDED_ROWS", 4)
-    monkeypatch.setattr(torch_backend, "QUERY_TILE", 4)
+    monkeypatch.setattr(decodes, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(setup, "CHUNK_TOKENS", (16, 16))
+    monkeypatch.setattr(backend, "MAX_FOLDED_ROWS", 4)
+    monkeypatch.setattr(prefills, "QUERY_TILE", 4)
 
 
 def attend(step: Any, **options: Any) -> Any:
@@ -138,7 +139,7 @@ def test_a_shorter_piece_repeats_its_last_key() -> None:
 def test_pieces_of_like_length_share_a_batch() -> None:
     sizes = np.array([10, 1000, 990, 1000, 400, 20])
 
-    assert [batch.tolist() for batch in _batches(sizes, 2048)] == [[1, 3], [2], [4], [5, 0]]
+    assert [batch.tolist() for batch in batches(sizes, 2048)] == [[1, 3], [2], [4], [5, 0]]
 
 
 @pytest.mark.parametrize("head_dim", [1, 10, 80])
