@@ -22,24 +22,29 @@ MAX_FOLDED_ROWS = 64
 class TorchBackend:
     """CPU and CUDA, every dtype and feature, in calls of torch alone.
 
-    Keys and values are gathered into a workspace that stays in the processor's cache, and attended there, chunk by
-    chunk; the chunks' results are merged by their LSE. On a CPU the arithmetic is
-    `aten::_scaled_dot_product_flash_attention_for_cpu`, which returns the LSE too. With a soft-cap, and on CUDA, scores
-    are made by hand in float32. float16 and quantised caches are computed in float32.
+    - Decodes on a CPU, from caches of floats, with few heads per KV head: keys are gathered, as many as stay in the
+      second-level cache, widened and multiplied there; values are not gathered: `embedding_bag` adds them up where they
+      lie. See `bags`.
+    - All else on a CPU: keys and values are gathered into a workspace that stays in the last-level cache, and attended
+      there by `aten::_scaled_dot_product_flash_attention_for_cpu`, which returns the LSE too.
+    - With a soft-cap, and on CUDA: gathered likewise, and scores made by hand in float32.
 
-    Decode, 16 sequences of 4096 tokens, bfloat16, 32 query and 8 KV heads of 128, scattered blocks of 16, torch 2.13 on
-    two cores of Zen 4; time of SDPA on contiguous keys and values, with query heads folded into rows, / time of:
+    Chunks' results are merged by their LSE. float16 and quantised caches are computed in float32.
 
-    - this, by CPU time on one thread: 0.70 with a quiet neighbour, 0.55 to 0.67 with busy ones. In the quiet run, chunks
-      of 1, 2, 8 and 16 MiB: 0.56, 0.67, 0.64 and 0.43
-    - rows of one head instead of whole blocks, and a buffer per chunk instead of one workspace: 0.53
-    - by wall clock on both cores, quiet: a gather of whole sequences 0.33, of the whole batch 0.15
-    - what a view could reach at best, where a sequence's blocks are consecutive and nothing is copied: 0.70. No gain, for
-      rows that are 2 KiB apart are attended more slowly from memory than gathered and attended in the cache
-    - `bmm` and a softmax by hand: twice as fast in the cache, but its scores are rounded to bfloat16
+    Decode, 16 sequences of 4096 tokens, bfloat16, 32 query and 8 KV heads of 128, scattered blocks of 16, torch 2.13, one
+    thread of Zen 3. CPU time for 4096 tokens, of which SDPA on contiguous keys and values, with query heads folded into
+    rows, takes 3.7 to 5.3 ms:
 
-    32 KV heads, same count of query heads: 0.80. float32: 0.75. float16: 1.8. Prefill of 512 tokens: 0.85, on a prefix of
-    3584: 1.0.
+    - bags, 6.2 to 7.5 ms: gather of keys 1.2, widening 0.9, products 1.2, softmax 0.3, values 1.9 from memory, the rest is
+      calls. With reads of 256, 1024 and 2048 keys instead of 512: 7.5, 8 and 12
+    - all gathered, 9 to 15 ms: gathers 2.5, attention in the cache 5.6 to 7
+    - on two cores of Zen 4, whole sequences gathered instead of chunks: twice the time
+    - rejected: bmm in bfloat16, whose scores are rounded (and 44 ms here); keys by the gradient of `embedding_bag`, which is a
+      dot product per row, likewise rounded (9 ms); wider products of several heads at once (2.0 to 4.2 ms for 1.2)
+
+    Beside all gathered, the same cache: MHA 1.9 to 2.3 times as fast, float32 1.5, float16 2.5, 16 rows a KV head 0.9 to 1.0, MLA
+    0.76, one sequence of 512 tokens 0.87 for its calls. So 8 rows are the most. Prefill of 512 tokens on a prefix of 3584:
+    1.0 of SDPA (Zen 4).
     """
 
     name = "torch"

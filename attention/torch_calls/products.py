@@ -8,7 +8,7 @@ from torch import Tensor
 from pagedkv.attention.call import AttentionCall
 from pagedkv.attention.torch_calls.setup import Setup
 
-__all__ = ["attend"]
+__all__ = ["attend", "weights_of"]
 
 
 def attend(
@@ -47,12 +47,21 @@ def attend(
 def _attend_by_hand(
     call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scores = (query @ key.mT).mul_(call.scale)
+    weights, total, lse = weights_of(call, (query @ key.mT).mul_(call.scale), bias)
+    return (weights @ value).div_(total), lse
+
+
+def weights_of(call: AttentionCall, scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, the largest of a row 1, in the place of scores; what to divide their sums by (…, 1); and the LSE."""
     if call.softcap > 0:
         scores.div_(call.softcap).tanh_().mul_(call.softcap)
     if bias is not None:
         scores += bias
-    lse = torch.logsumexp(scores, -1)
-    # A query that sees nothing has lse = -inf and gets zeros.
-    weights = scores.sub_(lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
-    return weights @ value, lse
+    highest = scores.amax(-1, keepdim=True)
+    if bias is not None:
+        # A query that sees nothing has weights of zero and lse = -inf.
+        highest.masked_fill_(highest == -torch.inf, 0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (highest + total.log()).squeeze(-1)
+    return weights, total if bias is None else total.masked_fill_(total == 0, 1), lse

@@ -110,6 +110,15 @@ def test_pieces_are_read_from_every_layout(layout: str, is_whole: bool) -> None:
     assert torch.equal(found, expected)
 
 
+def test_sequences_without_keys_get_zeros() -> None:
+    step = small_step((1, 0), (2, 0))
+
+    out, lse = attend(step)
+
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 256])
 def test_blocks_of_any_size(block_size: int, tiny_pieces: None) -> None:
     step = small_step((1, 13), (3, 7), (9, 21), block_size=block_size)
@@ -139,7 +148,14 @@ def test_a_shorter_piece_repeats_its_last_key() -> None:
 def test_pieces_of_like_length_share_a_batch() -> None:
     sizes = np.array([10, 1000, 990, 1000, 400, 20])
 
-    assert [batch.tolist() for batch in batches(sizes, 2048)] == [[1, 3], [2], [4], [5, 0]]
+    assert [batch.tolist() for batch in batches(sizes, 3072, 1024)] == [[1, 3, 2], [4], [5, 0]]
+    assert [batch.tolist() for batch in batches(sizes, 2048, 1024)] == [[1, 3], [2], [4], [5, 0]]
+
+
+def test_whole_pieces_share_a_batch_with_no_other() -> None:
+    sizes = np.array([1000, 1024, 990, 1024])
+
+    assert [batch.tolist() for batch in batches(sizes, 8192, 1024)] == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize("head_dim", [1, 10, 80])
