@@ -192,6 +192,14 @@ def test_low_precision_is_as_exact_as_its_rounding(dtype: torch.dtype, group: in
     torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-2)
 
 
+def test_the_sum_of_large_halves_is_finite() -> None:
+    step = small_step((1, 600), dtype=torch.float16)
+    step.key_cache.zero_()
+    step.value_cache.fill_(60000.0)
+
+    assert (attend(step)[0] == 60000).all()
+
+
 def test_an_output_with_gaps_is_written_through_its_strides() -> None:
     step = small_step((1, 9), (20, 20))
     room = torch.full((21, 4, 16), 7.0, dtype=torch.float64)
