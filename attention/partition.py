@@ -105,55 +105,55 @@ def _tiles(
     A tile is a column: seq, first, end, first key, end key, and -1, as of a task that writes straight to `out`.
     """
     starts, ends = query_start_loc[:-1], query_start_loc[1:]
-    # numpy.diff takes three times as long, which counts here: a plan is some forty short calls of numpy.
+    # numpy.diff takes three times as long, which counts here: a plan is some thirty short calls of numpy.
     num_queries = ends - starts
     num_decodes = len(num_queries)
-    tiles = np.empty((6, num_decodes), np.int32)
+    tiles = np.zeros((6, num_decodes), np.int32)
+    tiles[0] = np.arange(num_decodes)
     tiles[1] = starts
     tiles[2] = ends
-    # What is added to a token's index in the batch to have its position; `_see` puts the first key into this row.
-    np.subtract(seq_lens, ends, out=tiles[3])
     tiles[4] = seq_lens
-    tiles[5] = -1
-    is_prefill = num_queries > max_decode_queries
-    prefills = is_prefill.nonzero()[0]
-    if len(prefills) or np.count_nonzero(num_queries) < num_decodes:
-        # Those with query tokens that are no prefills, which all have some.
-        decodes = (num_queries.astype(np.bool_) ^ is_prefill).nonzero()[0]
-        num_decodes = len(decodes)
-        num_tiles = -(-num_queries.take(prefills) // query_tile)
-        ends_of_tiles = np.add.accumulate(num_tiles)
-        seqs = np.concatenate((decodes, prefills.repeat(num_tiles)))
-        tiles = tiles.take(seqs, axis=1)
-        _cut(tiles[:, num_decodes:], (ends_of_tiles - num_tiles).repeat(num_tiles), query_tile)
-    else:
-        seqs = np.arange(num_decodes)
-    tiles[0] = seqs
     left, right = window
+    if num_decodes and not (
+        num_queries[num_queries.argmin()] > 0 and num_queries[num_queries.argmax()] <= max_decode_queries
+    ):
+        tiles, num_decodes = _with_prefills(tiles, num_queries, max_decode_queries, query_tile)
     if causal:
         # The last token of a tile sees the most: of a decode, which is one tile, all keys.
         right = 0 if tiles.shape[1] > num_decodes else -1
-    _see(tiles, left, right)
+    if left >= 0 or right >= 0:
+        _see(tiles, (seq_lens - ends).take(tiles[0]), left, right)
+    tiles[5] = -1
     return tiles, num_decodes
 
 
-def _cut(tiles: Int32s, firsts: Int32s, query_tile: int) -> None:
-    """Make tiles of their own of columns that are whole sequences, each as often as it has tiles.
+def _with_prefills(
+    sequences: Int32s, num_queries: Int32s, max_decode_queries: int, query_tile: int
+) -> tuple[Int32s, int]:
+    """Columns of sequences made columns of tiles: those that are decodes, then prefills cut by query tokens."""
+    is_prefill = num_queries > max_decode_queries
+    prefills = is_prefill.nonzero()[0]
+    # Those with query tokens that are no prefills, which all have some.
+    decodes = ((num_queries > 0) ^ is_prefill).nonzero()[0]
+    num_tiles = -(-num_queries.take(prefills) // query_tile)
+    tiles = sequences.take(np.concatenate((decodes, prefills.repeat(num_tiles))), axis=1)
+    # A sequence's tiles are some of all prefill tiles: what comes before them is taken off where they start.
+    before = np.add.accumulate(num_tiles) - num_tiles
+    origins = sequences[1].take(prefills) - before * query_tile
+    firsts, ends = tiles[1, len(decodes) :], tiles[2, len(decodes) :]
+    np.add(origins.repeat(num_tiles), np.arange(0, len(firsts) * query_tile, query_tile), out=firsts, casting="unsafe")
+    np.minimum(firsts + query_tile, ends, out=ends)
+    return tiles, len(decodes)
 
-    firsts: which column is the first of the sequence.
+
+def _see(tiles: Int32s, offset: Int32s, left: int, right: int) -> None:
+    """Put the first and the end key that a tile sees into rows 3 and 4, which hold 0 and the length.
+
+    offset:      of each tile, what is added to a token's index in the batch to have its position. Bottom-right alignment:
+                 the last query token of a sequence stands at its last position
+    left, right: keys seen before and after one's own position, -1 for all
     """
-    nth = np.arange(len(firsts), dtype=np.int32) - firsts
-    tiles[1] += nth * query_tile
-    np.minimum(tiles[1] + query_tile, tiles[2], out=tiles[2])
-
-
-def _see(tiles: Int32s, left: int, right: int) -> None:
-    """Put the first and the end key that a tile sees into rows 3 and 4, which hold the offset and the length.
-
-    left, right: keys seen before and after one's own position, -1 for all. Bottom-right alignment: the last query
-    token of a sequence stands at its last position.
-    """
-    offset, num_keys = tiles[3], tiles[4]
+    num_keys = tiles[4]
     if right >= 0:
         end_keys = tiles[2] + offset
         if right:
@@ -161,22 +161,21 @@ def _see(tiles: Int32s, left: int, right: int) -> None:
         np.minimum(np.maximum(end_keys, 0, out=end_keys), num_keys, out=num_keys)
     if left >= 0:
         first_keys = tiles[1] + (offset - left)
-        np.minimum(np.maximum(first_keys, 0, out=first_keys), num_keys, out=offset)
-    else:
-        offset.fill(0)
+        np.minimum(np.maximum(first_keys, 0, out=first_keys), num_keys, out=tiles[3])
 
 
 def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[Int32s, Int32s, int, int]:
     """Cut the keys of tiles into tasks: these, the merges they need, how many are decodes, and the partial tokens."""
-    num_keys = (tiles[4] - tiles[3]).astype(np.int64)
+    # Below zero, so that the longest sort first.
+    minus_keys = np.subtract(tiles[3], tiles[4], dtype=np.int64)
     target = partition.num_workers * partition.tasks_per_worker
-    granules = -(-int(np.add.reduce(num_keys)) // (target * partition.min_split))
+    granules = -(int(np.add.reduce(minus_keys)) // (target * partition.min_split))
     length = max(granules, 1) * partition.min_split
-    # argmax is a fifth of max here.
-    if not len(num_keys) or num_keys[num_keys.argmax()] <= length:
-        order = _longest_first(num_keys, num_decode_tiles)
+    # argmin is a fifth of min here.
+    if not len(minus_keys) or minus_keys[minus_keys.argmin()] >= -length:
+        order = _longest_first(minus_keys, num_decode_tiles)
         return tiles.take(order, axis=1), np.empty((4, 0), np.int32), num_decode_tiles, 0
-    num_splits = np.maximum((num_keys + (length - 1)) // length, 1)
+    num_splits = np.maximum(-(minus_keys // length), 1)
     is_split = num_splits > 1
     ends = num_splits.cumsum()
     firsts = ends - num_splits
@@ -207,12 +206,14 @@ def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[
     return wide_tasks[:6].astype(np.int32), merges, num_decode_tasks, int(partial_ends[-1])
 
 
-def _longest_first(num_keys: Int64s, num_decode_tiles: int) -> Int64s:
-    """The order of tiles by falling length, decodes before prefills, of equal ones the first first."""
+def _longest_first(minus_keys: Int64s, num_decode_tiles: int) -> Int64s:
+    """The order of tiles by falling length, decodes before prefills, of equal ones the first first. Overwrites the lengths."""
     # Length and index in one number: numbers sort in a third of the time of a stable argsort, and none are equal.
-    ranks = num_keys * -(2**31)
+    ranks = minus_keys
+    ranks <<= 31
     ranks += np.arange(len(ranks))
     ranks[:num_decode_tiles].sort()
-    ranks[num_decode_tiles:].sort()
+    if num_decode_tiles < len(ranks):
+        ranks[num_decode_tiles:].sort()
     ranks &= 2**31 - 1
     return ranks

@@ -127,8 +127,8 @@ def plan(
         fixed_size=fixed_size,
     )
     return AttentionPlan(
-        tasks=_on_device(tasks, device),
-        merges=_on_device(merges, device) if merges.size else _NO_MERGES.to(device),
+        tasks=_on_device(torch.from_numpy(tasks), device),
+        merges=_on_device(torch.from_numpy(merges) if merges.size else _NO_MERGES, device),
         counts=counts,
         num_seqs=len(lengths),
         num_tokens=int(starts[-1]),
@@ -149,9 +149,8 @@ def _on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
     return array
 
 
-def _on_device(array: Int32s, device: torch.device) -> Tensor:
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
     # `to` takes half a microsecond even where there is nothing to do.
-    tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
@@ -167,13 +166,18 @@ def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | N
     # argmin, argmax and count_nonzero take a fifth of the time of min, max and any on arrays this short.
     if len(seq_lens) and seq_lens[seq_lens.argmin()] < 0:
         raise AttentionArgumentError(f"seq_lens must not be negative, found {int(seq_lens.min())}")
-    if query_start_loc[0] != 0 or np.count_nonzero(query_start_loc[1:] < query_start_loc[:-1]):
+    # Were one below 0, a difference could overflow, and a fall look like a rise.
+    num_queries = query_start_loc[1:] - query_start_loc[:-1]
+    if (
+        query_start_loc[0] != 0
+        or query_start_loc[query_start_loc.argmin()] < 0
+        or (len(num_queries) and num_queries[num_queries.argmin()] < 0)
+    ):
         raise AttentionArgumentError("query_start_loc must start with 0 and never fall")
     if num_tokens is not None and int(query_start_loc[-1]) != num_tokens:
         raise AttentionArgumentError(
             f"query_start_loc must end with the number of query tokens ({num_tokens}), found {int(query_start_loc[-1])}"
         )
-    num_queries = query_start_loc[1:] - query_start_loc[:-1]
     return int(num_queries[num_queries.argmax()]) if len(num_queries) else 0
 
 
