@@ -18,7 +18,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "attention"))
 
 from agreement import check
-from batches import DTYPES, FORMATS, Batch, Write
+from batches import Batch
+from caches import DTYPES, FORMATS
+from writes import Write
 
 from pagedkv.attention import paged_attention, plan, write_kv
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from batches import Batch, random_batch, simplest
+from batches import Batch
 from plain_attention import plain_attention
+from random_batches import random_batch, simplest
 from torch import Tensor
 
 from pagedkv.attention import BackendUnsupportedError

@@ -1,4 +1,4 @@
-"""Random ragged batches for attention and random writes: small descriptions that build their tensors from a seed.
+"""Ragged batches for attention: small descriptions that build their tensors from a seed.
 
 A `Batch` holds plain numbers only, and its repr is code: what a failing test prints builds the same tensors again. Every
 slot and table entry that a backend has no business reading is poisoned.
@@ -6,8 +6,7 @@ slot and table entry that a backend has no business reading is poisoned.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,21 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from caches import CACHE_DTYPES, FP8, Described, empty_caches, normal
 from torch import Tensor
 
-from pagedkv.attention import AttentionPlan, paged_attention, plan, write_kv
+from pagedkv.attention import AttentionPlan, paged_attention, plan
 
-__all__ = ["Batch", "Write", "empty_caches", "one_thread", "random_batch", "random_write", "simplest"]
+__all__ = ["Batch", "one_thread"]
 
-FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-CACHE_DTYPES = {**FP8, "int8": torch.int8, "int4": torch.uint8}
-FORMATS = ("float", "int8", "fp8_e4m3", "fp8_e5m2", "int4")
-DTYPES = ("float32", "bfloat16", "float16")
-LAYOUTS = ("nhd", "hnd", "joint", "joint_hnd", "side_by_side", "padded", "latent")
-BLOCK_SIZES = (16, 1, 2, 3, 5, 8, 17, 32, 256)
-HEAD_DIMS = (64, 16, 40, 80, 96, 112, 128, 192, 256)
-GROUPS = (1, 2, 3, 4, 8)
-GROUP_COUNTS = (1, 2, 4, 5, 8)
 GARBAGE_IDS = (2**31 - 1, -7, -1, -(2**31))
 NUM_SPARE_BLOCKS = 2
 
@@ -45,17 +36,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-class _Described:
-    """A dataclass whose repr names only what differs from the defaults, and is the code that makes it again."""
-
-    def __repr__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(told)})"
-
-
 @dataclass(frozen=True, repr=False)
-class Batch(_Described):
+class Batch(Described):
     """What to attend to, in plain numbers.
 
     lens:        (query tokens, sequence length) of each sequence
@@ -184,7 +166,7 @@ def _build(batch: Batch, device: str) -> dict[str, Tensor]:
     is_used = _used_slots(batch, tables, num_blocks)
     caches = _caches(batch, is_used, rng, device)
     num_heads = batch.num_q_heads + (2 * batch.num_kv_heads if batch.has_packed_query else 0)
-    query = _normal(rng, (batch.num_tokens, num_heads, batch.head_dim)) * batch.query_scale
+    query = normal(rng, (batch.num_tokens, num_heads, batch.head_dim)) * batch.query_scale
     query = query.to(batch.torch_dtype).to(device)[:, : batch.num_q_heads]
     starts = np.concatenate(([0], np.cumsum([num_queries for num_queries, _ in batch.lens], dtype=np.int64)))
     tensors = {
@@ -211,10 +193,6 @@ def _to(array: np.ndarray, device: str, *, is_wide: bool = False) -> Tensor:
         padded[:, : array.shape[1]] = array
         return torch.from_numpy(padded).to(device)[:, : array.shape[1]]
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
 def _used_columns(batch: Batch, seq_idx: int) -> tuple[int, int]:
@@ -278,52 +256,12 @@ def _caches(batch: Batch, is_used: np.ndarray, rng: np.random.Generator, device:
     return tensors
 
 
-def empty_caches(
-    layout: str, shape: tuple[int, int, int], dims: tuple[int, int], dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor]:
-    """Caches of keys and values, (blocks, block_size, kv_heads, dim) each, as an engine may lay them.
-
-    nhd, hnd:         each by itself, tokens or heads outside
-    joint, joint_hnd: one tensor [blocks, 2, ...]
-    side_by_side:     one tensor, a token's key and value of a head after one another
-    padded:           each by itself, rows with three elements between them and at odd addresses
-    latent:           values are the first channels of the keys
-    """
-    num_blocks, block_size, heads = shape
-    key_dim, value_dim = dims
-    if layout == "latent":
-        keys = _blank((num_blocks, block_size, heads, key_dim), dtype, device)
-        return keys, keys[..., :value_dim]
-    if layout == "joint":
-        both = _blank((num_blocks, 2, block_size, heads, key_dim), dtype, device)
-        return both[:, 0], both[:, 1]
-    if layout == "joint_hnd":
-        both = _blank((num_blocks, 2, heads, block_size, key_dim), dtype, device).transpose(2, 3)
-        return both[:, 0], both[:, 1]
-    if layout == "side_by_side":
-        both = _blank((num_blocks, heads, block_size, key_dim + value_dim), dtype, device).transpose(1, 2)
-        return both[..., :key_dim], both[..., key_dim:]
-    caches = []
-    for dim in dims:
-        if layout == "padded":
-            caches.append(_blank((num_blocks, block_size, heads, dim + 3), dtype, device)[..., 1 : dim + 1])
-        elif layout == "hnd":
-            caches.append(_blank((num_blocks, heads, block_size, dim), dtype, device).transpose(1, 2))
-        else:
-            caches.append(_blank((num_blocks, block_size, heads, dim), dtype, device))
-    return caches[0], caches[1]
-
-
-def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
 def _codes(cache: str, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     if cache == "int8":
         return torch.from_numpy(rng.integers(-127, 128, shape, dtype=np.int8))
     if cache == "int4":
         return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
-    return _normal(rng, shape)
+    return normal(rng, shape)
 
 
 def _fill(cache: Tensor, codes: Tensor, unused: Tensor) -> None:
@@ -375,229 +313,3 @@ def _tree_mask(batch: Batch, rng: np.random.Generator) -> np.ndarray:
         start += num_queries
     packed = np.packbits(bits, axis=1, bitorder="little")
     return np.ascontiguousarray(packed).view("<i4").reshape(batch.num_tokens, num_words)
-
-
-def random_batch(
-    seed: int,
-    *,
-    dtypes: tuple[str, ...] = DTYPES,
-    formats: tuple[str, ...] = FORMATS,
-    head_dims: tuple[int, ...] = HEAD_DIMS,
-    max_seqs: int = 5,
-) -> Batch:
-    """Any batch that `paged_attention` takes, mostly small ones. The same seed gives the same batch.
-
-    Drawn feature by feature, Hypothesis repeats itself and prefers the plainest: of 150 batches 104 were different, and
-    two had a window to the right. Here every pair of features meets; `simplest` does the shrinking.
-    """
-    rng = np.random.default_rng(seed)
-    features = _features(rng, formats, head_dims)
-    # A quarter of the batches are plain but for a few features, so that what one does is not hidden by another.
-    if rng.random() < 0.25:
-        dropped = rng.permutation(list(features))[4:]
-        features = {name: value for name, value in features.items() if name not in dropped or name == "cache"}
-    lens = tuple(_lengths(rng, features.get("block_size", 16)) for _ in range(int(rng.integers(1, max_seqs + 1))))
-    return _consistent(Batch(lens, seed=seed, dtype=str(rng.choice(dtypes)), **features))
-
-
-def _lengths(rng: np.random.Generator, block_size: int) -> tuple[int, int]:
-    num_queries = int(
-        rng.choice((1, 1, int(rng.integers(0, 10)), int(rng.integers(0, 10)), 40), p=(0.2, 0.2, 0.2, 0.3, 0.1))
-    )
-    cached = int(rng.choice((0, int(rng.integers(41)), int(rng.integers(min(3 * block_size, 300) + 1)))))
-    if rng.random() < 0.85:
-        return num_queries, num_queries + cached
-    # More queries than tokens: the first of them stand before the sequence, and see nothing.
-    return num_queries, max(num_queries - int(rng.choice((1, 3, int(rng.integers(40))))), 0)
-
-
-def simplest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
-    """The simplest batch that still fails, by leaving out sequences and features and shortening, one after another."""
-    while True:
-        simpler = next((candidate for candidate in _simpler(batch) if fails(candidate)), None)
-        if simpler is None:
-            return batch
-        batch = simpler
-
-
-def _simpler(batch: Batch) -> Iterator[Batch]:
-    for i, (num_queries, length) in enumerate(batch.lens):
-        before, after = batch.lens[:i], batch.lens[i + 1 :]
-        if len(batch.lens) > 1:
-            yield dataclasses.replace(batch, lens=before + after)
-        for shorter in ((num_queries, length // 2), (num_queries, length - 1), (num_queries // 2, length)):
-            if shorter != batch.lens[i] and min(shorter) >= 0:
-                yield dataclasses.replace(batch, lens=(*before, shorter, *after))
-    for field in dataclasses.fields(batch):
-        if field.name not in ("lens", "seed") and getattr(batch, field.name) != field.default:
-            simpler = _consistent(dataclasses.replace(batch, **{field.name: field.default}))
-            if simpler != batch:
-                yield simpler
-
-
-def _features(rng: np.random.Generator, formats: tuple[str, ...], head_dims: tuple[int, ...]) -> dict[str, Any]:
-    """Everything about a batch but its lengths and dtype, at random, each feature often enough to meet each other one."""
-
-    def one_of(*choices: Any) -> Any:
-        return choices[int(rng.integers(len(choices)))]
-
-    def happens(probability: float) -> bool:
-        return bool(rng.random() < probability)
-
-    # Plain floats more often than each other format: most of what can go wrong does not depend on the format.
-    is_plain = happens(0.3) and "float" in formats
-    head_dim = one_of(*head_dims)
-    return {
-        "cache": "float" if is_plain else one_of(*formats),
-        "fp8_scale": one_of("none", "tensor", "head", "head"),
-        "int4_groups": (one_of(*GROUP_COUNTS), one_of(*GROUP_COUNTS)),
-        "block_size": one_of(*BLOCK_SIZES),
-        "num_kv_heads": one_of(1, 2, 3),
-        "group": one_of(*GROUPS),
-        "head_dim": head_dim,
-        "value_dim": one_of(*head_dims) if happens(0.4) else head_dim,
-        "layout": one_of(*LAYOUTS),
-        "shares_blocks": happens(0.5),
-        "has_wide_tables": happens(0.5),
-        "has_packed_query": happens(0.5),
-        "out": one_of("new", "given", "strided"),
-        "causal": happens(0.65),
-        "window": (one_of(None, 0, int(rng.integers(40))), one_of(None, 0, int(rng.integers(9))))
-        if happens(0.4)
-        else None,
-        "softcap": one_of(None, None, 2.0, 30.0),
-        "scale": one_of(None, None, 0.3),
-        "query_scale": one_of(1.0, 4.0),
-        "has_sinks": happens(0.35),
-        "has_alibi": happens(0.3),
-        "has_tree_mask": happens(0.25),
-    }
-
-
-def _consistent(batch: Batch) -> Batch:
-    """The nearest batch that `paged_attention` takes."""
-    value_dim, layout = batch.value_dim, batch.layout
-    if layout == "latent" and batch.cache in ("int8", "int4"):
-        layout = "nhd"
-    if layout in ("joint", "joint_hnd"):
-        value_dim = batch.head_dim
-    if layout == "latent":
-        value_dim = min(value_dim, batch.head_dim)
-    is_int4 = batch.cache == "int4"
-    groups = (_fitting_groups(batch.int4_groups[0], batch.head_dim), _fitting_groups(batch.int4_groups[1], value_dim))
-    return dataclasses.replace(
-        batch,
-        layout=layout,
-        value_dim=value_dim,
-        fp8_scale=batch.fp8_scale if batch.cache in FP8 else "none",
-        int4_groups=groups if is_int4 else (1, 1),
-        causal=batch.causal or batch.has_tree_mask,
-        window=None if batch.has_tree_mask else batch.window,
-        has_alibi=batch.has_alibi and not batch.has_tree_mask,
-    )
-
-
-def _fitting_groups(num_groups: int, dim: int) -> int:
-    """`num_groups` if it leaves an even number of channels to each, else 1."""
-    return num_groups if dim % (2 * num_groups) == 0 else 1
-
-
-@dataclass(frozen=True, repr=False)
-class Write(_Described):
-    """What to write, in plain numbers. The caches are full of old data, which must survive beside the new.
-
-    num_skipped: of the tokens, how many have slot -1
-    has_value:   whether there is a cache of values beside that of keys
-    magnitude:   of the new numbers; fp8 saturates on large ones
-    """
-
-    num_tokens: int
-    num_skipped: int = 0
-    seed: int = 0
-    dtype: str = "float32"
-    cache: str = "float"
-    fp8_scale: str = "none"
-    int4_groups: tuple[int, int] = (1, 1)
-    num_blocks: int = 4
-    block_size: int = 16
-    num_kv_heads: int = 1
-    head_dim: int = 64
-    value_dim: int = 64
-    layout: str = "nhd"
-    has_value: bool = True
-    has_packed_input: bool = False
-    magnitude: float = 1.0
-
-    def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
-        """New tensors at every call: they are written to."""
-        rng = np.random.default_rng(self.seed)
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        shape = (self.num_blocks, self.block_size, self.num_kv_heads)
-        packing = 2 if self.cache == "int4" else 1
-        dims = (self.head_dim // packing, self.value_dim // packing)
-        caches = empty_caches(self.layout, shape, dims, CACHE_DTYPES.get(self.cache, dtype), device)
-        for cache in caches:
-            size = (*cache.shape[:-1], cache.shape[-1] * cache.element_size())
-            cache.view(torch.uint8).copy_(torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)))
-        slots = np.full(self.num_tokens, -1, np.int64)
-        written = rng.permutation(self.num_tokens)[self.num_skipped :]
-        slots[written] = rng.permutation(self.num_blocks * self.block_size)[: len(written)]
-        tensors: dict[str, Tensor | None] = {"slot_mapping": torch.from_numpy(slots).to(device)}
-        for idx, (name, dim) in enumerate((("key", self.head_dim), ("value", self.value_dim))):
-            is_given = name == "key" or self.has_value
-            num_heads = self.num_kv_heads * (2 if self.has_packed_input else 1)
-            new = (_normal(rng, (self.num_tokens, num_heads, dim)) * self.magnitude).to(dtype).to(device)
-            tensors[name] = new[:, : self.num_kv_heads] if is_given else None
-            tensors[f"{name}_cache"] = caches[idx] if is_given else None
-            tensors[f"{name[0]}_scale"] = self._scale(shape, self.int4_groups[idx], rng, device) if is_given else None
-        return tensors
-
-    def _scale(self, shape: tuple[int, int, int], groups: int, rng: np.random.Generator, device: str) -> Tensor | None:
-        if self.cache in FP8 and self.fp8_scale != "none":
-            size = () if self.fp8_scale == "tensor" else (self.num_kv_heads,)
-            return torch.from_numpy(np.asarray(rng.uniform(0.5, 2, size), np.float32)).to(device)
-        if self.cache == "int8":
-            return torch.full(shape, torch.nan, device=device)
-        if self.cache == "int4":
-            return torch.full((*shape, groups, 2), torch.nan, dtype=torch.bfloat16, device=device)
-        return None
-
-    def run(self, backend: str | None, device: str = "cpu") -> dict[str, Tensor | None]:
-        """Write by `backend`; the tensors after it."""
-        tensors = self.tensors(device)
-        write_kv(**tensors, backend=backend)
-        return tensors
-
-
-def random_write(seed: int) -> Write:
-    """Any write that `write_kv` takes, mostly small ones. The same seed gives the same write."""
-    rng = np.random.default_rng(seed)
-
-    def one_of(*choices: Any) -> Any:
-        return choices[int(rng.integers(len(choices)))]
-
-    cache, layout = one_of(*FORMATS), one_of(*(name for name in LAYOUTS if name != "latent"))
-    head_dim, value_dim = one_of(*HEAD_DIMS), one_of(*HEAD_DIMS)
-    if layout in ("joint", "joint_hnd") or rng.random() < 0.5:
-        value_dim = head_dim
-    num_blocks, block_size = int(rng.integers(1, 7)), one_of(*BLOCK_SIZES)
-    num_tokens = int(rng.integers(min(num_blocks * block_size, 40) + 1))
-    groups = (_fitting_groups(one_of(*GROUP_COUNTS), head_dim), _fitting_groups(one_of(*GROUP_COUNTS), value_dim))
-    return Write(
-        num_tokens=num_tokens,
-        num_skipped=int(rng.integers(num_tokens + 1)) if rng.random() < 0.5 else 0,
-        seed=seed,
-        dtype=one_of(*DTYPES),
-        cache=cache,
-        fp8_scale=one_of("none", "tensor", "head") if cache in FP8 else "none",
-        int4_groups=groups if cache == "int4" else (1, 1),
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=one_of(1, 2, 3),
-        head_dim=head_dim,
-        value_dim=value_dim,
-        layout=layout,
-        has_value=rng.random() < 0.8,
-        has_packed_input=rng.random() < 0.5,
-        magnitude=one_of(1.0, 1.0, 300.0, 0.0),
-    )

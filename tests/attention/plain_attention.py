@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from batches import FP8, Batch, one_thread
+from batches import Batch, one_thread
+from caches import FP8
 from torch import Tensor
 
 __all__ = ["plain_attention"]

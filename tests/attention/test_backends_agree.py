@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from agreement import PARTITIONS, check, check_call, check_random_batches, check_refusal, divided
-from batches import DTYPES, FORMATS, Batch, Write, random_write
+from batches import Batch
+from caches import DTYPES, FORMATS
 from kernel_model import KernelModel
 from torch import Tensor
+from writes import Write, random_write
 
 from pagedkv.attention import BackendUnsupportedError, backend_info
 from pagedkv.attention.backends import _REGISTRY, backend_named

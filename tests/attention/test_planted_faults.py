@@ -12,7 +12,8 @@ from types import ModuleType
 import kernel_model
 import pytest
 from agreement import check_call, divided, failure
-from batches import Batch, random_batch
+from batches import Batch
+from random_batches import random_batch
 
 from pagedkv.attention import backend_info
 from pagedkv.attention.backends import _REGISTRY

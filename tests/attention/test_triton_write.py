@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import Write
+from writes import Write
 
 from pagedkv.attention import write_kv
 from pagedkv.attention.triton_kernels import is_interpreted
