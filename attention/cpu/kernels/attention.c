@@ -9,6 +9,7 @@
 #include "call.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #if defined(__clang__) || __GNUC__ >= 12
@@ -53,14 +54,14 @@ struct write_job {
 
 #if defined(__x86_64__)
 #define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define GEMM_ROWS 6
 #define GEMM_VECTORS 2
 #include "one_isa.h"
 
 #define ISA avx2int16
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INT16_DOT
 #define LANES 8
 #define GEMM_ROWS 6
@@ -103,7 +104,17 @@ struct instruction_set {
 
 static int always(void) { return 1; }
 #if defined(__x86_64__)
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+/* Not all compilers' __builtin_cpu_supports knows F16C. Asked once: each call asks for its sets, and under a hypervisor
+   CPUID takes microseconds. */
+static int has_f16c(void) {
+    static atomic_int answer; /* 0 before it is known, then 1 or 2 */
+    if (!atomic_load(&answer)) {
+        unsigned a, b, c = 0, d;
+        atomic_store(&answer, __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C ? 2 : 1);
+    }
+    return atomic_load(&answer) == 2;
+}
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

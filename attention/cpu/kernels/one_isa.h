@@ -24,6 +24,7 @@
 #undef PER_WORD
 #undef DOT_KEYS
 #undef DOT_ROWS
+#undef FETCH_ROWS
 #undef INLINE
 #undef vf
 #undef vi

@@ -3,6 +3,7 @@
 
 #define DOT_KEYS 4
 #define DOT_ROWS (LANES / 4)
+#define FETCH_ROWS 8 /* of values: how often fetches are made. To look after each row takes a tenth of a decode */
 #ifdef INT16_DOT
 #define IS_INTEGER 1
 #else
@@ -83,9 +84,9 @@ struct NAME(fetches) {
     int num_passes, credit; /* bytes x num_passes that may be fetched by now and are not */
 };
 
-/* Fetches what is due at one row more. */
+/* Fetches what is due at FETCH_ROWS rows more. */
 INLINE void NAME(fetch_due)(struct NAME(fetches) *f) {
-    for (f->credit += f->bytes; f->credit > 0 && f->row < f->end; f->credit -= 64 * f->num_passes) {
+    for (f->credit += FETCH_ROWS * f->bytes; f->credit > 0 && f->row < f->end; f->credit -= 64 * f->num_passes) {
         __builtin_prefetch(*f->row + f->at, 0, 2);
         f->at += 64;
         if (f->at >= f->bytes) f->at = 0, f->row++;
@@ -100,7 +101,7 @@ INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights,
         for (int v = 0; v < vectors; v++)
             sums[j][v] = IS_INTEGER ? (vf){0} : NAME(load)(to + j * to_stride + v * LANES) * factor[j];
     for (int k = 0; k < num_keys; k += PER_WORD) {
-        for (int i = 0; i < PER_WORD; i++) NAME(fetch_due)(ahead);
+        if (k % FETCH_ROWS == 0) NAME(fetch_due)(ahead);
         vf column[4];
 #if PER_WORD == 2
         for (int v = 0; v < vectors; v += 2) {

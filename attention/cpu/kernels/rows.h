@@ -42,6 +42,37 @@ INLINE uint16_t NAME(to_f16)(float x) {
     return sign | (uint16_t)((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13);
 }
 
+#if LANES == 8
+/* Sixteen halves as floats. */
+INLINE void NAME(halves_to_floats)(__m256i halves, float factor, float *to) {
+    NAME(store)(to, (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(halves)) * factor);
+    NAME(store)(to + 8, (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)) * factor);
+}
+
+/* Sixteen codes of fp8. E5M2 is the upper half of a float16. E4M3 has a bit less of exponent: moved down by one place, it is
+   a float16 of 2^-8 the value, but for the one NaN. */
+INLINE void NAME(fp8_to_floats)(int format, const uint8_t *codes, float *to) {
+    __m256i x = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes)), 8);
+    if (format == FORMAT_E5M2) {
+        NAME(halves_to_floats)(x, 1.0f, to);
+        return;
+    }
+    const __m256i all_ones = _mm256_set1_epi16(0x7F00);
+    __m256i is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(x, all_ones), all_ones);
+    x = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16((short)0xBF80));
+    NAME(halves_to_floats)(_mm256_or_si256(x, is_nan), 256.0f, to);
+}
+
+/* Sixteen codes of four bits, the even channels in the low halves of bytes. */
+INLINE void NAME(int4_to_floats)(const uint8_t *codes, float step, float minimum, float *to) {
+    const __m128i low_half = _mm_set1_epi8(15);
+    __m128i both = _mm_loadl_epi64((const __m128i *)codes);
+    __m128i x = _mm_unpacklo_epi8(_mm_and_si128(both, low_half), _mm_and_si128(_mm_srli_epi16(both, 4), low_half));
+    NAME(store)(to, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)) * step + minimum);
+    NAME(store)(to + 8, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))) * step + minimum);
+}
+#endif
+
 /* Channels [0, dim) of one row as floats. `scale` only matters to INT4, whose codes mean something by themselves in no group. */
 static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, int dtype, const char *row,
                                        const uint16_t *scale, float *to) {
@@ -55,21 +86,35 @@ static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, in
 #if LANES == 16
         for (; i + 16 <= dim; i += 16)
             _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + i))));
+#elif LANES == 8
+        for (; i + 16 <= dim; i += 16) NAME(halves_to_floats)(_mm256_loadu_si256((const __m256i *)(halves + i)), 1.0f, to + i);
 #endif
         for (; i < dim; i++) to[i] = NAME(from_f16)(halves[i]);
     } else if (format == FORMAT_FLOAT) {
         for (int i = 0; i < dim; i++) to[i] = NAME(from_bf16)(halves[i]);
     } else if (format == FORMAT_E4M3) {
-        for (int i = 0; i < dim; i++) to[i] = NAME(from_e4m3)(bytes[i]);
+        int i = 0;
+#if LANES == 8
+        for (; i + 16 <= dim; i += 16) NAME(fp8_to_floats)(FORMAT_E4M3, bytes + i, to + i);
+#endif
+        for (; i < dim; i++) to[i] = NAME(from_e4m3)(bytes[i]);
     } else if (format == FORMAT_E5M2) {
-        for (int i = 0; i < dim; i++) to[i] = NAME(from_e5m2)(bytes[i]);
+        int i = 0;
+#if LANES == 8
+        for (; i + 16 <= dim; i += 16) NAME(fp8_to_floats)(FORMAT_E5M2, bytes + i, to + i);
+#endif
+        for (; i < dim; i++) to[i] = NAME(from_e5m2)(bytes[i]);
     } else if (format == FORMAT_INT8) {
         for (int i = 0; i < dim; i++) to[i] = (float)(int8_t)bytes[i];
     } else {
         int group_size = (int)cache->group_size;
         for (int group = 0; group * group_size < dim; group++) {
             float step = NAME(from_bf16)(scale[2 * group]), minimum = NAME(from_bf16)(scale[2 * group + 1]);
-            for (int i = group * group_size; i < (group + 1) * group_size; i += 2) {
+            int i = group * group_size, end = i + group_size;
+#if LANES == 8
+            for (; i + 16 <= end; i += 16) NAME(int4_to_floats)(bytes + i / 2, step, minimum, to + i);
+#endif
+            for (; i < end; i += 2) {
                 to[i] = (float)(bytes[i / 2] & 15) * step + minimum;
                 to[i + 1] = (float)(bytes[i / 2] >> 4) * step + minimum;
             }
