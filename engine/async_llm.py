@@ -68,16 +68,19 @@ class AsyncLLM:
         *,
         priority: float = 0.0,
         salt: bytes = b"",
+        client: str | int | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Complete a prompt, and yield pieces as they come; each holds all that its sample got since the last one.
 
         A slow reader gets fewer and longer pieces, and holds nobody up. Cancelling the task or closing the generator aborts
         the request.
 
-        Raises InvalidArgumentError, RequestTooLargeError, EngineClosedError, and what ended the request if it did not end
-        by itself, after the pieces until then.
+        Raises InvalidArgumentError, RequestTooLargeError, QueueFullError, EngineClosedError, and what ended the request if it
+        did not end by itself, after the pieces until then.
         """
-        request_id, mailbox = await self._submit(prompt, params, priority, salt, streams=True)
+        request_id, mailbox = await self._submit(
+            prompt, params, streams=True, priority=priority, salt=salt, client=client
+        )
         end: RequestOutput | Exception | None = None
         try:
             while end is None:
@@ -96,9 +99,12 @@ class AsyncLLM:
         *,
         priority: float = 0.0,
         salt: bytes = b"",
+        client: str | int | None = None,
     ) -> RequestOutput:
         """Complete a prompt. Cancelling the task aborts the request. Raises as `stream` does."""
-        request_id, mailbox = await self._submit(prompt, params, priority, salt, streams=False)
+        request_id, mailbox = await self._submit(
+            prompt, params, streams=False, priority=priority, salt=salt, client=client
+        )
         end: RequestOutput | Exception | None = None
         try:
             while end is None:
@@ -115,6 +121,7 @@ class AsyncLLM:
         *,
         priority: float = 0.0,
         salt: bytes = b"",
+        client: str | int | None = None,
         **template: Any,
     ) -> RequestOutput:
         """Answer a conversation by the tokenizer's chat template, which gets `template`. Raises as `stream` does.
@@ -122,7 +129,7 @@ class AsyncLLM:
         To stream the answer: `engine.stream(await engine.chat_prompt(messages))`.
         """
         prompt = await self.chat_prompt(messages, **template)
-        return await self.generate(prompt, params, priority=priority, salt=salt)
+        return await self.generate(prompt, params, priority=priority, salt=salt, client=client)
 
     async def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue. Raises InvalidArgumentError without a template."""
@@ -168,7 +175,14 @@ class AsyncLLM:
     # From the callers' threads
 
     async def _submit(
-        self, prompt: TextOrTokens, params: SamplingParams | None, priority: float, salt: bytes, *, streams: bool
+        self,
+        prompt: TextOrTokens,
+        params: SamplingParams | None,
+        *,
+        streams: bool,
+        priority: float,
+        salt: bytes,
+        client: str | int | None,
     ) -> tuple[str, Mailbox]:
         token_ids, checked = await self.check(prompt, params)
         mailbox = Mailbox(asyncio.get_running_loop())
@@ -185,6 +199,7 @@ class AsyncLLM:
                     on_finish=self._finish,
                     priority=priority,
                     salt=salt,
+                    client=client,
                 )
             except PagedKVError as error:
                 self._end(request_id, error)

@@ -93,10 +93,12 @@ class Engine:
         prompt: str | None = None,
         priority: float = 0.0,
         salt: bytes = b"",
+        client: str | int | None = None,
     ) -> None:
         """Queue a request. Callbacks come from within `step` and `abort`; what one raises comes out there, once the work is done.
 
-        Raises DuplicateIdError, InvalidArgumentError, and RequestTooLargeError if it can never fit.
+        Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError if it can never fit, and QueueFullError if as many
+        wait as may, of all or of its `client`.
         """
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
@@ -123,6 +125,7 @@ class Engine:
             prompt_token_ids,
             params.max_tokens,
             priority=priority,
+            client=client,
             salt=salt,
             stop_token_ids=self._ends_of(params),
             n=params.n,

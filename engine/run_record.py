@@ -142,6 +142,7 @@ class RunRecorder:
         self._last_flush_s = 0.0
         self._num_steps = self._num_requests = self._num_left_out = 0
         self._ids: dict[Key, int] = {}
+        self._clients: dict[str | int | None, int] = {}
         self._live: dict[str, PendingRequest] = {}
         self._pending: deque[PendingRequest] = deque()
         if (self.folder / "run.json").exists():
@@ -169,6 +170,8 @@ class RunRecorder:
         fields: dict[str, Any] = {"arrival_s": arrival_s, "prompt_tokens": num_tokens, "output_tokens": 0}
         if runs:
             fields |= {"hash_block_size": self._manager.config.block_size, "hash_runs": runs}
+        # A number: names may be people's. In every line, as a trace has it; those without a client are one client's.
+        fields["client"] = self._clients.setdefault(request.client, len(self._clients))
         fields |= {"request_id": request.request_id, "max_new_tokens": request.max_new_tokens}
         fields |= {"priority": request.priority, "reads_cache": request.reads_cache}
         self._last_arrival_s = arrival_s

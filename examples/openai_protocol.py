@@ -30,6 +30,14 @@ def known_fields(body: Any) -> Json:
     return {name: value for name, value in body.items() if value is not None}
 
 
+def client_of(body: Json) -> str | None:
+    """Who asks, as far as the request tells: whose share of the engine it takes."""
+    client = body.get("user", body.get("safety_identifier"))
+    if not isinstance(client, str | None):
+        raise InvalidArgumentError(f"user must be a text, found {client!r:.80}")
+    return client
+
+
 def messages_of(body: Json) -> list[Json]:
     """The messages of a chat; their parts of text are joined."""
     messages = body.get("messages")

@@ -21,8 +21,7 @@ from tiny_model import model_and_tokenizer
 from pagedkv.engine import LLM, AsyncLLM, EngineClosedError, Piece, SamplingParams
 from pagedkv.engine.metrics import PrometheusExporter
 from pagedkv.errors import InvalidArgumentError, PagedKVError
-
-NO_TOKENS = SamplingParams(max_tokens=0)
+from pagedkv.scheduler import QueueFullError, SchedulerConfig
 
 
 class Server:
@@ -42,6 +41,7 @@ class Server:
             exception_handlers={
                 HTTPException: lambda _, cause: refusal(cause.status_code, cause.detail),
                 InvalidArgumentError: lambda _, cause: refusal(400, cause),
+                QueueFullError: lambda _, cause: refusal(429, cause),
                 EngineClosedError: lambda _, cause: refusal(503, cause),
                 PagedKVError: lambda _, cause: refusal(500, cause),
             },
@@ -65,7 +65,9 @@ class Server:
 
     async def _completions(self, request: Request) -> Response:
         body = await self._read(request)
-        prompts = [(await self.engine.check(each, NO_TOKENS))[0] for each in protocol.prompts_of(body)]
+        prompts = [
+            (await self.engine.check(each, SamplingParams(max_tokens=0)))[0] for each in protocol.prompts_of(body)
+        ]
         return await self._answer(request, body, prompts, is_chat=False)
 
     async def _chat(self, request: Request) -> Response:
@@ -87,13 +89,14 @@ class Server:
 
     async def _answer(self, request: Request, body: Json, prompts: list[Any], *, is_chat: bool) -> Response:
         params = protocol.params_of(body, prompts, self.llm.max_length, is_chat=is_chat)
+        client = protocol.client_of(body)
         head = protocol.head_of(self.name, is_chat=is_chat, is_stream=bool(body.get("stream")))
         if not body.get("stream"):
-            work = (self.engine.generate(prompt, params) for prompt in prompts)
+            work = (self.engine.generate(prompt, params, client=client) for prompt in prompts)
             outputs = await while_connected(request, asyncio.gather(*work))
             choices = protocol.choices_of(self.llm.tokenizer, outputs, is_chat=is_chat)
             return JSONResponse(head | {"choices": choices, "usage": protocol.usage_of(outputs)})
-        pieces = self.engine.stream(prompts[0], params)
+        pieces = self.engine.stream(prompts[0], params, client=client)
         first = await while_connected(request, anext(pieces))  # An error until here still has a status of its own.
         num_prompt = len(prompts[0]) if body.get("stream_options", {}).get("include_usage") else None
         events = self._events(head, pieces, first, num_prompt, is_chat=is_chat)
@@ -107,8 +110,9 @@ class Server:
         async with aclosing(pieces):
             try:
                 while piece is not None:
-                    is_first = piece.index not in begun
-                    chunk = protocol.chunk_of(self.llm.tokenizer, piece, is_chat=is_chat, is_first=is_first)
+                    chunk = protocol.chunk_of(
+                        self.llm.tokenizer, piece, is_chat=is_chat, is_first=piece.index not in begun
+                    )
                     begun.add(piece.index)
                     num_new += len(piece.token_ids)
                     yield f"data: {json.dumps(head | {'choices': [chunk]})}\n\n"
@@ -144,6 +148,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", help="name or folder of a model of transformers; none: a tiny random one")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--client-share", type=float, help="what one `user` may take of seats and blocks; none: all")
     options = parser.parse_args()
-    server = Server(LLM(*model_and_tokenizer(options.model)), options.model or "tiny")
-    uvicorn.run(server.app, host=options.host, port=options.port, timeout_graceful_shutdown=10)
+    limits = SchedulerConfig(2048, 256, client_share=options.client_share)
+    llm = LLM(*model_and_tokenizer(options.model), scheduler_config=limits)
+    app = Server(llm, options.model or "tiny").app
+    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=10)

@@ -72,6 +72,7 @@ def test_requests_are_written_in_order_of_arrival_once_all_before_them_have_ende
         "output_tokens": 3,
         "hash_block_size": 2,
         "hash_runs": [[0, 2]],
+        "client": 0,
         "request_id": "second",
         "max_new_tokens": 9,
         "priority": 0.0,

@@ -17,6 +17,7 @@ import torch
 import uvicorn
 
 from pagedkv.engine import LLM
+from pagedkv.scheduler import QueueFullError
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from openai_server import Server
@@ -314,3 +315,30 @@ def test_a_failure_in_the_middle_of_a_stream_is_told_in_the_stream(
 
     monkeypatch.undo()
     assert complete(client, "Hello").choices[0].text.startswith("".join(pieces))
+
+
+def test_the_user_of_a_request_is_its_client(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    add = served.scheduler.add
+    monkeypatch.setattr(served.scheduler, "add", lambda request, now: (seen.append(request.client), add(request, now)))
+
+    complete(client, "Hello", user="ann")
+    list(complete(client, "Hello", user="bob", stream=True))
+    chat(client, safety_identifier="cleo")
+    chat(client)
+
+    assert seen == ["ann", "bob", "cleo", None]
+
+
+def test_a_client_that_has_too_many_requests_is_told_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise QueueFullError("2 requests of its client are here, no more may be")
+
+    monkeypatch.setattr(served.scheduler, "add", refuse)
+
+    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "a"})
+
+    assert answer.status_code == 429
+    assert "of its client" in answer.json()["error"]["message"]

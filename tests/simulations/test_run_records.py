@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from recorded_engine import COSTS, RecordedEngine, make_requests, make_scheduler, record_run
 
-from pagedkv import ConfigError, TraceError
+from pagedkv import CacheConfig, ConfigError, KVCacheManager, TraceError
 from pagedkv.engine.run_record import RunRecorder
-from pagedkv.scheduler import Cheaper, Recompute, Request, Swap
+from pagedkv.scheduler import Cheaper, Recompute, Request, Scheduler, SchedulerConfig, Swap
 from pagedkv.simulations.metrics import summarize
 from pagedkv.simulations.recorded_replay import replay_run
 from pagedkv.simulations.run_comparison import compare_run, print_comparison
@@ -68,6 +68,23 @@ def test_a_run_without_samples_is_replayed_in_leaps_to_the_same_times(tmp_path: 
     np.testing.assert_array_equal(run.steps.column("start_s"), record.steps.start_s)
     np.testing.assert_array_equal(run.requests.first_token_s, record.requests.first_token_s)
     np.testing.assert_array_equal(run.requests.finished_s, record.requests.end_s)
+
+
+def test_a_run_with_shares_of_clients_is_replayed_with_them(tmp_path: Path) -> None:
+    config = SchedulerConfig(64, 4, client_share=0.5)
+    scheduler = Scheduler(config, KVCacheManager(CacheConfig(64, block_size=4)))
+    with RunRecorder(tmp_path / "run", scheduler) as recorder:
+        clients = ["flood"] * 8 + [None, "quiet"]
+        arrivals = [
+            (0.001 * i, Request(str(i), [i, 2, 3, 4, 5], 20, client=client)) for i, client in enumerate(clients)
+        ]
+        RecordedEngine(scheduler, recorder).serve(arrivals)
+    record = read_run(tmp_path / "run")
+
+    run = replay_run(record, COSTS)
+
+    np.testing.assert_array_equal(run.requests.first_token_s, record.requests.first_token_s)
+    assert record.requests.first_token_s[9] < record.requests.first_token_s[2]
 
 
 def test_a_plain_replay_of_the_trace_file_takes_real_lengths_and_shared_blocks(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ PLANTED = {
     "seeded attention batches": (
         "tests/attention/test_backends_agree.py",
         (
-            "from pagedkv.attention.torch_backend import TorchBackend\n"
+            "from pagedkv.attention.torch_calls.backend import TorchBackend\n"
             "original = TorchBackend.attend\n"
             "def attend(self, call):\n"
             "    original(self, call)\n"
