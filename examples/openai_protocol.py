@@ -1,5 +1,6 @@
 """What OpenAI's API calls things: its requests as SamplingParams, and outputs as its JSON. Used by openai_server.py."""
 
+import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence, Sized
@@ -17,8 +18,12 @@ MAX_ANSWER = 1024
 Json = dict[str, Any]
 
 
-def known_fields(body: Any) -> Json:
+def known_fields(data: bytes) -> Json:
     """A request's body without nulls. What is not known here might change the result, so it is refused."""
+    try:
+        body = json.loads(data)
+    except ValueError:  # No UTF-8, or no JSON.
+        raise InvalidArgumentError("the body is not JSON") from None
     if not isinstance(body, dict):
         raise InvalidArgumentError(f"the body must be a JSON object, found {type(body).__name__}")
     unknown = [name for name, value in body.items() if name not in KNOWN and value not in (None, False, [], {}, "")]

@@ -41,6 +41,7 @@ class Server:
             exception_handlers={
                 HTTPException: lambda _, cause: refusal(cause.status_code, cause.detail),
                 InvalidArgumentError: lambda _, cause: refusal(400, cause),
+                TemplateError: lambda _, cause: refusal(400, f"the chat template refuses these messages: {cause}"),
                 QueueFullError: lambda _, cause: refusal(429, cause),
                 EngineClosedError: lambda _, cause: refusal(503, cause),
                 PagedKVError: lambda _, cause: refusal(500, cause),
@@ -72,17 +73,11 @@ class Server:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request)
-        try:
-            prompt = await self.engine.chat_prompt(protocol.messages_of(body))
-        except TemplateError as cause:  # The model's own template refuses what it was not made for.
-            raise HTTPException(400, f"the chat template refuses these messages: {cause}") from None
+        prompt = await self.engine.chat_prompt(protocol.messages_of(body))
         return await self._answer(request, body, [prompt], is_chat=True)
 
     async def _read(self, request: Request) -> Json:
-        try:
-            body = protocol.known_fields(await request.json())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise HTTPException(400, "the body is not JSON") from None
+        body = protocol.known_fields(await request.body())
         if body.get("model", self.name) != self.name:
             raise HTTPException(404, f"the model {body['model']!r} is not here, only {self.name!r}")
         return body
@@ -110,9 +105,8 @@ class Server:
         async with aclosing(pieces):
             try:
                 while piece is not None:
-                    chunk = protocol.chunk_of(
-                        self.llm.tokenizer, piece, is_chat=is_chat, is_first=piece.index not in begun
-                    )
+                    is_first = piece.index not in begun
+                    chunk = protocol.chunk_of(self.llm.tokenizer, piece, is_chat=is_chat, is_first=is_first)
                     begun.add(piece.index)
                     num_new += len(piece.token_ids)
                     yield f"data: {json.dumps(head | {'choices': [chunk]})}\n\n"
