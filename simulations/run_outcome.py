@@ -6,19 +6,18 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
 from pagedkv.simulations.progress import progress_bar
+from pagedkv.testing.liveness.run import LivenessReport
+from pagedkv.testing.soak.run import SoakReport
 from pagedkv.testing.soak.run_failed import RunFailedError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = ["run_and_tell"]
 
-R = TypeVar("R", bound="DataclassInstance")
+R = TypeVar("R", SoakReport, LivenessReport)
 Progress = Callable[[float], None] | None
 
 
