@@ -108,7 +108,7 @@ BUGS = {
     "a fork's parent writes in place": Bug(RowMemory, "fork", "self.shared_tails.mark(row)", "pass"),
     "copies only beyond two holders": Bug(SharedTails, "rows_to_copy", "num_holders > 1", "num_holders > 2"),
     "copies although nobody shares": Bug(SharedTails, "rows_to_copy", "num_holders > 1", "num_holders > 0"),
-    "writes into a named block": Bug(SharedTails, "rows_to_copy", "or bool(self._pool.is_named(one)[0])", ""),
+    "writes into a named block": Bug(SharedTails, "rows_to_copy", "or self._pool.has_name(block_id)", ""),
     "in a batch the last holder copies too": Bug(
         SharedTails, "rows_to_copy", "holders[block_id] = num_holders - 1", "holders[block_id] = num_holders"
     ),

@@ -177,7 +177,7 @@ class Waits:
     st.sampled_from([0, 1, 4]),
     st.sampled_from([1, 2, 8]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_wait_is_longer_than_what_was_stated_when_it_began_whoever_comes_later(
     seed, watermark, preemption, max_bypasses, max_preemptions
 ) -> None:
