@@ -40,8 +40,8 @@ class Checks:
         self._memory = memory
         self._level = level
         self._num_looks = 0
-        # One C call an operation, which a counter would take five bytecodes for: single calls of a manager feel it.
-        self._is_due = cycle([False] * (PROBE_EVERY - 1) + [True]).__next__
+        # One call of C for each operation, where a counter of the object would be ten bytecodes: single calls feel it.
+        self._is_due = cycle([False] * (PROBE_EVERY - 1) + [True])
 
     def watch(self, owner: object, verbs: Sequence[str], recount: Callable[[], None]) -> None:
         """Have these verbs of `owner` followed by a look at the memory; `recount` is the full one."""
@@ -61,7 +61,7 @@ class Checks:
         @wraps(method)
         def probed(*args: Any, **options: Any) -> Any:
             result = method(*args, **options)
-            if is_due():
+            if next(is_due):
                 self._look(method.__name__)
             return result
 
@@ -74,7 +74,7 @@ class Checks:
         @wraps(method)
         def probed(sequence_id: Hashable, num_tokens: int) -> Any:
             result = method(sequence_id, num_tokens)
-            if is_due():
+            if next(is_due):
                 self._look(method.__name__)
             return result
 
