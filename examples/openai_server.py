@@ -23,6 +23,8 @@ from pagedkv.engine.metrics import PrometheusExporter
 from pagedkv.errors import InvalidArgumentError, PagedKVError
 from pagedkv.scheduler import QueueFullError, SchedulerConfig
 
+NO_TOKENS = SamplingParams(max_tokens=0)
+
 
 class Server:
     """The routes over one engine."""
@@ -66,9 +68,7 @@ class Server:
 
     async def _completions(self, request: Request) -> Response:
         body = await self._read(request)
-        prompts = [
-            (await self.engine.check(each, SamplingParams(max_tokens=0)))[0] for each in protocol.prompts_of(body)
-        ]
+        prompts = [(await self.engine.check(each, NO_TOKENS))[0] for each in protocol.prompts_of(body)]
         return await self._answer(request, body, prompts, is_chat=False)
 
     async def _chat(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from pagedkv.errors import InvalidArgumentError
 
 __all__ = [
     "BlockIds",
+    "FEW",
     "Int32s",
     "Int64s",
     "MAX_TOKENS",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds, Int32s, as_int
+from pagedkv.arrays import FEW, BlockIds, Int32s, as_int
 from pagedkv.errors import BlockStateError, ConfigError, InvariantViolation, OutOfBlocksError
 from pagedkv.eviction.lru import LRU
 from pagedkv.eviction.protocol import EvictionPolicy
@@ -30,7 +30,7 @@ def extremes(values: Int32s) -> tuple[int, int]:
     >>> extremes(np.array([2, 5, 3], np.int32))
     (2, 5)
     """
-    if len(values) <= 32:  # Python's own containers beat array operations on few numbers.
+    if len(values) <= FEW:
         few = values.tolist()
         return min(few), max(few)
     return int(np.minimum.reduce(values)), int(np.maximum.reduce(values))
@@ -247,7 +247,7 @@ class BlockPool:
         num = len(block_ids)
         if num == 0:
             return NO_BLOCKS
-        if num <= 128:  # As in `extremes`.
+        if num <= 128:  # As for `FEW`, but sorting costs more.
             ids = set(block_ids.tolist())
             num_distinct, lowest, highest = len(ids), min(ids), max(ids)
         else:

@@ -17,7 +17,7 @@ CheckLevel: TypeAlias = Literal["off", "cheap", "full"]
 """off: nothing, at no cost. cheap: one row and one block in turn, O(1). full: a recount after each operation, O(blocks)."""
 
 PROBE_EVERY = 64
-"""Operations between two looks of the cheap level: what keeps it within 5 % of a scheduler's step."""
+"""Watched operations between two looks of the cheap level: what keeps it within 5 % of a scheduler's step, or of a call."""
 
 
 def as_check_level(value: object) -> CheckLevel:

@@ -45,7 +45,7 @@ MOVING_VERBS = (
     "reset_prefix_cache",
     "_drop",
 )
-"""Verbs that take blocks or let them go."""
+"""Verbs that take blocks, let them go, or forget their names."""
 CHANGING_VERBS = (*MOVING_VERBS, "extend")
 
 

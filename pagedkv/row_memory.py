@@ -187,7 +187,7 @@ class RowMemory:
         content, num_known = table.content(row), table.num_known.item(row)
         num_after = num_known + len(token_ids)
         offset = num_known % self.block_size
-        if offset + len(token_ids) < self.block_size:
+        if offset + len(token_ids) < self.block_size:  # The content gets them when the block is full, or synchronised.
             table.tails[row, offset : offset + len(token_ids)] = token_ids
         elif isinstance(content, TokenContent):
             self.sync_content(row)

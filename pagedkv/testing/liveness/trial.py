@@ -80,10 +80,11 @@ class LivenessTrial(FaultyService):
             self._add(self._arrivals.pop(0)[1])
 
     def _add(self, request: Request) -> None:
-        if fits_alone(request, self.service):
+        may_run = fits_alone(request, self.service)
+        if may_run:
             self.samples_left[request.request_id] = request.n if request.max_new_tokens else 1
             self._requests[request.request_id] = request
-        self._add_request(request)
+        self._add_request(request, may_run=may_run)
 
     def _strike(self, faults: Faults) -> None:
         """Faults between two steps."""
@@ -133,7 +134,7 @@ class LivenessTrial(FaultyService):
         self.neighbour.leave()
         while self._arrivals:
             self._add(self._arrivals.pop(0)[1])
-        if not self.scheduler.has_work:  # Then no step comes that would tell what a raising sink has left untold.
+        if self.is_log_behind and not self.scheduler.has_work:  # No step comes that would tell the rest.
             self.scheduler.update(self.scheduler.schedule(self.now), None, self.now)
         live = (self._requests[request_id] for request_id in self.samples_left)
         bound = steps_to_finish(live, self.service.scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 from pagedkv.errors import InvariantViolation, UnknownIdError
@@ -10,7 +11,6 @@ from pagedkv.testing.soak.fault_points import ALLOCATION_POINTS, AllocationFault
 from pagedkv.testing.soak.neighbour import Neighbour
 from pagedkv.testing.soak.scheduler_build import SchedulerFactory, SinkRaisedError, WorldSink
 from pagedkv.testing.soak.settings import FaultKind, Service
-from pagedkv.testing.soak.traffic import fits_alone
 
 __all__ = ["Faults", "FaultyService"]
 
@@ -18,7 +18,7 @@ Faults = Mapping[FaultKind, int]
 """The faults of one step, each with its detail."""
 
 
-class FaultyService:
+class FaultyService(ABC):
     """What soak runs and liveness trials are made of: they say what comes and when, and keep books of who must be served."""
 
     def __init__(self, service: Service, log: EventSink, factory: SchedulerFactory) -> None:
@@ -34,13 +34,13 @@ class FaultyService:
         """Whether the last call that tells events was cut short, so that the next one tells the rest."""
 
     @property
+    @abstractmethod
     def now(self) -> float:
         """The time that the scheduler is told: the world's, and what its clock is wrong by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _abort_one(self) -> None:
         """A client gives up, whatever state its request is in."""
-        raise NotImplementedError
 
     # Faults
 
@@ -60,6 +60,7 @@ class FaultyService:
         self.sink.calls_back_in = faults.get(FaultKind.SINK_CALLS_BACK, 0)
 
     def _disarm(self) -> None:
+        """Nothing strikes inside of a call any more."""
         self.allocations.disarm()
         self.sink.raises_in = self.sink.calls_back_in = 0
 
@@ -80,9 +81,8 @@ class FaultyService:
         self.allocations.disarm()
         return plan
 
-    def _add_request(self, request: Request) -> None:
+    def _add_request(self, request: Request, *, may_run: bool) -> None:
         """Bring a request: admitted exactly if it could run alone (I12)."""
-        may_run = fits_alone(request, self.service)
         try:
             self._ignoring_sink(lambda: self.scheduler.add(request, self.now))
         except RequestTooLargeError:

@@ -247,11 +247,12 @@ class World(FaultyService):
     def _add(self, wish: Wish) -> None:
         """Bring a request, and write down who must be served."""
         request = wish.request
-        if fits_alone(request, self.service):
+        may_run = fits_alone(request, self.service)
+        if may_run:
             self.wishes[request.request_id] = wish
             if root := root_state(request):
                 self.engine.roots[request.request_id] = root
-        self._add_request(request)
+        self._add_request(request, may_run=may_run)
 
     def _abort_one(self) -> None:
         """A client gives up, whatever state its request is in."""
