@@ -21,6 +21,7 @@ from harness import spread
 
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.model import PagedModel
+from pagedkv.engine.model.few_rows import few_rows_forward, gains_from_few_rows
 from pagedkv.engine.sampling import Sampler
 from pagedkv.engine.step_inputs import StepInputs
 from pagedkv.scheduler import Scheduler
@@ -153,6 +154,23 @@ def bookkeeping_rows(report: harness.Report, model: Any) -> None:
     report.add("decode step, 256 running: all but the model and the choice of tokens", spread(rest), "us")
 
 
+def product_rows(report: harness.Report, model: Any) -> None:
+    """All linear layers of a pass on few tokens, one after the other, so that weights come from memory as in a pass."""
+    layers = [module for module in model.modules() if gains_from_few_rows(module)]
+    stand_ins = [few_rows_forward(layer) for layer in layers]
+    for num_rows in (2, 3, 4, 5, 6, 8):
+        inputs = [torch.randn(1, num_rows, layer.in_features) for layer in layers]
+        calls = {
+            name: (lambda forwards=forwards, inputs=inputs: [f(x) for f, x in zip(forwards, inputs, strict=True)])
+            for name, forwards in {"ours": stand_ins, "linear": layers}.items()
+        }
+        with torch.inference_mode():
+            seconds = take_turns(calls, num_repeats=100)
+        share = statistics.median(own / theirs for own, theirs in zip(seconds["ours"], seconds["linear"], strict=True))
+        figures = spread([1e3 * value for value in seconds["ours"]])
+        report.add(f"all linear layers, {num_rows} rows", figures, "ms", of_linear=round(share, 2))
+
+
 def stream_rows(report: harness.Report, model: Any) -> None:
     """At which rate static batches are saturated, and what both do at that rate, and ours at twice that."""
     work = azure_workload()
@@ -187,6 +205,7 @@ def main() -> None:
         "prefix": prefix_rows,
         "tight": tight_rows,
         "bookkeeping": bookkeeping_rows,
+        "products": product_rows,
         "stream": stream_rows,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

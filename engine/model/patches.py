@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pagedkv.engine.model.bloom import bloom_forward, is_bloom_attention
+from pagedkv.engine.model.few_rows import few_rows_forward, gains_from_few_rows
 
 __all__ = ["AttentionFunction", "Patches", "keeps_latent"]
 
@@ -38,7 +39,8 @@ class Patches:
     """Attributes of a model, swapped in on entering and back on leaving; so the user's own calls see the model as it was.
 
     Attention calls of the thread that entered go to `attention`, which takes what transformers gives an attention
-    function. Latent attention hands over its latent and rotary key, unexpanded. A few hundred nanoseconds per layer.
+    function. Latent attention hands over its latent and rotary key, unexpanded. Linear layers on a CPU take few tokens
+    another way. A few hundred nanoseconds per layer.
     """
 
     def __init__(self, model: nn.Module, attention: AttentionFunction) -> None:
@@ -53,6 +55,8 @@ class Patches:
                 self._swaps.append((vars(module), "forward", bloom_forward(module, attention)))
             elif keeps_latent(module):
                 self._swaps.append((vars(module), "expand_kv", _unexpanded))
+            elif gains_from_few_rows(module):
+                self._swaps.append((vars(module), "forward", few_rows_forward(module)))
         for config in configs.values():
             self._swaps.append((vars(config), "_attn_implementation_internal", NAME))
         self._restore: list[tuple[dict[str, Any], str, Any]] = []
