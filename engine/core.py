@@ -353,7 +353,7 @@ class Engine:
     def _known_tokens(self, row: int) -> Int32s:
         memory = self.scheduler.manager.memory
         rows = np.array([row])
-        return memory.token_ids(rows, np.zeros(1, np.int64), memory.sequences.num_known[rows])
+        return memory.tokens.packed(rows, np.zeros(1, np.int64), memory.sequences.num_known[rows])
 
     def _new_sample(self, live: LiveRequest, index: int) -> LiveSample:
         sample = LiveSample(live, index, self.tokenizer, frozenset(self._ends_of(live.params)))

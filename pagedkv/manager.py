@@ -261,7 +261,7 @@ class KVCacheManager:
             raise InvalidArgumentError("a sequence of real tokens is extended by their ids, found a number")
         tokens = as_token_ids("token_ids", token_ids)
         as_int("tokens", num_known + len(tokens), at_least=1, at_most=MAX_TOKENS)
-        self.memory.extend_run(row, tokens)
+        self.memory.tokens.extend_run(row, tokens)
 
     def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
         """Begin a sequence that shares all blocks of another; whoever writes into a shared block first copies it. O(blocks)."""

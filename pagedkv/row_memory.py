@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, cdiv
+from pagedkv.arrays import BlockIds, Int64s, Rows, cdiv
 from pagedkv.block_pool import BlockPool
 from pagedkv.config import CacheConfig
-from pagedkv.content import Content, SimulatedContent, TokenContent
+from pagedkv.content import Content, SimulatedContent
 from pagedkv.draft_slots import DraftSlots
-from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
+from pagedkv.known_tokens import KnownTokens
 from pagedkv.leaps import Leaps
 from pagedkv.naming import BlockNaming
 from pagedkv.plans import NO_COPIES, BlockCopies
@@ -20,8 +20,6 @@ from pagedkv.shared_tails import SharedTails
 from pagedkv.statistics import PrefixCounters
 
 __all__ = ["RowMemory"]
-
-NO_TOKENS = np.empty(0, np.int32)
 
 
 class RowMemory:
@@ -49,6 +47,7 @@ class RowMemory:
         "pool",
         "sequences",
         "shared_tails",
+        "tokens",
     )
 
     def __init__(self, config: CacheConfig, eviction: EvictionPolicy | None = None) -> None:
@@ -64,6 +63,7 @@ class RowMemory:
         self.shared_tails = SharedTails(self.pool, self.sequences)
         naming = self.naming if config.prefix_caching else None
         self.drafts = DraftSlots(self.pool, self.sequences, naming)
+        self.tokens = KnownTokens(self.sequences, hashes_blocks=config.prefix_caching)
         self.leaps = Leaps(self.pool, self.sequences, self.shared_tails, naming)
         self._serial = 0
 
@@ -98,43 +98,13 @@ class RowMemory:
         num_hit = len(hit_blocks)
         row = table.add(content, num_known, hit_blocks, num_hit * self.block_size)
         table.num_named[row] = num_hit
-        self._load_tail(row, content, num_known)
+        self.tokens.load_tail(row, num_known)
         return row
-
-    def _load_tail(self, row: int, content: Content, num_known: int) -> None:
-        """Copy the tokens of the block that holds the last known token, full or not, from the content into the table."""
-        if isinstance(content, TokenContent):
-            start = (num_known - 1) // self.block_size * self.block_size
-            self.sequences.tails[row, : num_known - start] = content.token_ids(start, num_known)
-
-    def last_token_ids(self, rows: Rows, positions: Int64s) -> Int32s:
-        """The last known token of each row, which stands at `positions[i]`, (n,) int32. O(n)."""
-        last: Int32s = self.sequences.tails[rows, positions % self.block_size]
-        return last
-
-    def token_ids(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> Int32s:
-        """Known tokens `starts[i]` to `starts[i] + num_tokens[i] - 1` of each row, packed. O(tokens)."""
-        table = self.sequences
-        packed = np.empty(int(np.add.reduce(num_tokens)), np.int32)
-        is_tail = starts + num_tokens == table.num_known[rows]
-        if len(packed) == len(rows) and is_tail.all():
-            return self.last_token_ids(rows, starts)
-        stops = np.cumsum(num_tokens)
-        single = (num_tokens == 1) & is_tail
-        packed[stops[single] - 1] = table.tails[rows[single], starts[single] % self.block_size]
-        for i in np.flatnonzero(~single).tolist():
-            row, start, stop = int(rows[i]), int(starts[i]), int(starts[i] + num_tokens[i])
-            self.sync_content(row)
-            content = table.content(row)
-            if not isinstance(content, TokenContent):
-                raise InvalidArgumentError(f"row {row} has a simulated prompt: there are no token ids")
-            packed[stops[i] - num_tokens[i] : stops[i]] = content.token_ids(start, stop)
-        return packed
 
     def close(self, row: int) -> None:
         """Let go of everything that the row holds, deepest block first; its content stays with the caller. O(blocks)."""
         table = self.sequences
-        self.sync_content(row)
+        self.tokens.sync(row)
         host_blocks = self.host_blocks.pop(row, None)
         if host_blocks is not None:
             self.host_pool.release(host_blocks)
@@ -143,57 +113,7 @@ class RowMemory:
         self.shared_tails.unmark(row)
         table.remove(row)
 
-    def sync_content(self, row: int) -> None:
-        """Write the tokens of the last, partly filled block into the row's content. O(block_size)."""
-        table = self.sequences
-        content = table.content(row)
-        if isinstance(content, TokenContent):
-            num_known = int(table.num_known[row])
-            offset = num_known % self.block_size
-            if offset:
-                content.write(num_known - offset, table.tails[row, :offset])
-
     # Growing
-
-    def extend(self, rows: Rows, token_ids: Int32s | None) -> None:
-        """Append one known token to each row; None where only names are simulated. O(n), and hashing of full blocks."""
-        table = self.sequences
-        known = table.num_known[rows]
-        if token_ids is not None:
-            offsets = known % self.block_size
-            table.tails[rows, offsets] = token_ids
-            filled = (offsets == self.block_size - 1).nonzero()[0]
-            if len(filled):
-                self._store_blocks(rows[filled], known[filled] // self.block_size)
-        table.num_known[rows] = known + 1
-
-    def _store_blocks(self, rows: Rows, block_idx: Int64s) -> None:
-        """Write the blocks that the last known tokens fill into the contents of their rows. O(blocks)."""
-        table = self.sequences
-        packed = table.tails[rows].tobytes()
-        size = len(packed) // len(rows)
-        # A row that left the named chain names nothing more, so nothing is hashed for it.
-        is_hashed = (table.num_named[rows] == block_idx) & self.caches_prefixes
-        first = 0
-        for row, idx, hashed in zip(rows.tolist(), block_idx.tolist(), is_hashed.tolist(), strict=True):
-            content = table.content(row)
-            if isinstance(content, TokenContent):
-                content.write_block(idx, packed[first : first + size], is_hashed=hashed)
-            first += size
-
-    def extend_run(self, row: int, token_ids: Int32s) -> None:
-        """As `extend` for many tokens of one row. O(n)."""
-        table = self.sequences
-        content, num_known = table.content(row), table.num_known.item(row)
-        num_after = num_known + len(token_ids)
-        offset = num_known % self.block_size
-        if offset + len(token_ids) < self.block_size:  # The content gets them when the block is full, or synchronised.
-            table.tails[row, offset : offset + len(token_ids)] = token_ids
-        elif isinstance(content, TokenContent):
-            self.sync_content(row)
-            content.write(num_known, token_ids)
-            self._load_tail(row, content, num_after)
-        table.num_known[row] = num_after
 
     def try_append(self, rows: Rows, num_tokens: Int64s) -> BlockCopies | None:
         """Give the next `num_tokens[i]` known tokens of each row their slots, and name the blocks that they fill.
@@ -272,8 +192,7 @@ class RowMemory:
     def fork(self, row: int) -> int:
         """Make a row that shares every block of `row`; the first of them to write into a shared tail copies it. O(blocks)."""
         table = self.sequences
-        self.sync_content(row)
-        content = table.content(row)
+        content = self.tokens.sync(row)
         num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
         block_ids = table.blocks(row)
         child_content: Content
@@ -296,15 +215,11 @@ class RowMemory:
         """Drop every token from `num_tokens` on, computed or not, and the blocks that only they need. O(blocks dropped)."""
         table = self.sequences
         if num_tokens < table.num_known[row]:
-            self.sync_content(row)
             content = table.content(row)
-            if isinstance(content, TokenContent):
-                content.write(num_tokens, NO_TOKENS)
-                self._load_tail(row, content, num_tokens)
-            elif isinstance(content, SimulatedContent):
+            if isinstance(content, SimulatedContent):
                 content.truncate(num_tokens // self.block_size, self.next_serial())
                 table.name_bases[row] = content.base
-            table.num_known[row] = num_tokens
+            self.tokens.cut(row, num_tokens)
         if num_tokens < table.num_computed[row]:
             self.retract(row, num_tokens)
 

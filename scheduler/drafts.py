@@ -124,7 +124,7 @@ class Drafting:
         firsts = counts.cumsum() - counts
         for nth in range(int(counts.max())):
             longer = counts > nth
-            memory.extend(new.rows[longer], tokens[firsts[longer] + nth])
+            memory.tokens.extend(new.rows[longer], tokens[firsts[longer] + nth])
         self.counters.num_drafts += int(np.add.reduce(memory.sequences.num_drafts[new.rows]))
         self.counters.num_accepted_drafts += int(np.add.reduce(counts - 1))
         memory.drafts.settle(new.rows, counts - 1)

@@ -176,9 +176,9 @@ class StepPlan:
         if inputs.token_ids is None:
             memory = inputs.require_fresh()
             if inputs.is_decode:
-                inputs.token_ids = memory.last_token_ids(self.rows, self.starts)
+                inputs.token_ids = memory.tokens.last(self.rows, self.starts)
             elif self.drafts is None:
-                inputs.token_ids = memory.token_ids(self.rows, self.starts, self.num_tokens)
+                inputs.token_ids = memory.tokens.packed(self.rows, self.starts, self.num_tokens)
             else:
                 inputs.token_ids = self._token_ids_with(self.drafts, memory)
         return inputs.token_ids
@@ -193,7 +193,7 @@ class StepPlan:
         is_draft[packed_runs(self.query_start_loc[sources + 1] - counts, counts)] = True
         packed = np.empty(len(is_draft), np.int32)
         packed[is_draft] = drafts.token_ids
-        packed[~is_draft] = memory.token_ids(self.rows, self.starts, num_known)
+        packed[~is_draft] = memory.tokens.packed(self.rows, self.starts, num_known)
         return packed
 
     def make_inputs(self) -> None:

@@ -244,7 +244,7 @@ class Scheduler:
             new = new.only(self._running.samples[new.rows] != None)  # noqa: E711 - elementwise
         self._memory.end_step()
         if new.num_tokens is None:
-            self._memory.extend(new.rows, new.token_ids)
+            self._memory.tokens.extend(new.rows, new.token_ids)
         else:
             new = self._drafting.settle(new, cuts_at_stops=self._kinds.num_with_stops > 0)
         self._all_decode = (
@@ -338,7 +338,7 @@ class Scheduler:
             raise UnknownIdError(f"no live request {request_id!r}")
         for sample in samples:
             if sample.row >= 0:
-                self._memory.sync_content(sample.row)
+                self._memory.tokens.sync(sample.row)
         return {sample.sample_idx: sample.output_token_ids for sample in samples}
 
     def check_invariants(self) -> None:

@@ -138,7 +138,7 @@ class DraftModelDrafter:
 
     def _catch_up(self, work: CatchUp) -> Int32s:
         """Compute the known tokens of all rows, in steps of limited size; returns the likeliest token after each, (n,) int32."""
-        token_ids = self.manager.memory.token_ids(work.rows, work.starts, work.num_tokens)
+        token_ids = self.manager.memory.tokens.packed(work.rows, work.starts, work.num_tokens)
         stops = work.num_tokens.cumsum()
         firsts = stops - work.num_tokens
         likeliest = np.empty(len(stops), np.int32)

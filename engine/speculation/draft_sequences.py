@@ -97,7 +97,7 @@ class DraftSequences:
         else:
             rows = np.array([sequence.row])
             for place in range(len(tokens)):
-                self._memory.extend(rows, tokens[place : place + 1])
+                self._memory.tokens.extend(rows, tokens[place : place + 1])
             if sequence.drafts is not None:
                 self._memory.drafts.settle(rows, np.array([_num_confirmed(sequence.drafts, tokens)]))
         sequence.num_known += len(tokens)

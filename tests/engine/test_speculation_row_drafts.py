@@ -71,7 +71,7 @@ class Loop:
         memory = self.scheduler.manager.memory
         for row, name, sample_idx in plan.admitted:
             num_prompt = len(prompts()[name])
-            known = memory.token_ids(np.array([row]), np.zeros(1, np.int64), memory.sequences.num_known[[row]])
+            known = memory.tokens.packed(np.array([row]), np.zeros(1, np.int64), memory.sequences.num_known[[row]])
             self.sampler.seat(row, params, seed=seed_for(3, sample_idx), num_prompt=num_prompt, known_token_ids=known)
             if self.drafts is not None:
                 self.drafts.seat(row, (name, sample_idx), known, max_length=num_prompt + NUM_NEW)

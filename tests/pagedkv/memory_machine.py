@@ -50,7 +50,7 @@ def digest(manager: KVCacheManager) -> dict[str, object]:
         content = table.contents[row]
         tokens = None
         if hasattr(content, "token_ids"):
-            tokens = memory.token_ids(np.array([row]), np.array([0]), np.array([num_known])).tolist()
+            tokens = memory.tokens.packed(np.array([row]), np.array([0]), np.array([num_known])).tolist()
         rows[row] = (
             num_known,
             int(table.num_computed[row]),

@@ -21,6 +21,7 @@ from pagedkv import manager as manager_module
 from pagedkv.block_pool import BlockPool
 from pagedkv.content import TokenContent
 from pagedkv.eviction.lru import LRU
+from pagedkv.known_tokens import KnownTokens
 from pagedkv.manager import KVCacheManager
 from pagedkv.naming import BlockNaming
 from pagedkv.prefix_cache import PrefixCache
@@ -136,7 +137,7 @@ BUGS = {
         RowMemory, "try_append_run", "last > first == table.num_named[row]", "last > first"
     ),
     "the tail of a run is forgotten": Bug(
-        RowMemory, "extend_run", "self._load_tail(row, content, num_after)", "pass"
+        KnownTokens, "extend_run", "self.load_tail(row, num_known + num_new)", "pass"
     ),
     # Swapping
     "swapped in reversed": Bug(

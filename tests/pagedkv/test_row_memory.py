@@ -39,7 +39,7 @@ def test_in_a_batch_of_all_forks_the_last_one_writes_in_place(manager: KVCacheMa
     manager.fork("a", "b")
     manager.fork("a", "c")
     rows = rows_of(manager, "a", "b", "c")
-    manager.memory.extend(rows, np.array([7, 8, 9], np.int32))
+    manager.memory.tokens.extend(rows, np.array([7, 8, 9], np.int32))
     copies = manager.memory.try_append(rows, one_each(rows))
     assert list(zip(copies.sources.tolist(), copies.targets.tolist(), strict=True)) == [(0, 1), (0, 2)]
     assert [manager.block_table(i).tolist() for i in "abc"] == [[1], [2], [0]]
@@ -52,7 +52,7 @@ def test_single_tokens_of_forks_are_copied_on_write(manager: KVCacheManager) -> 
     manager.append("a", 1)
     manager.fork("a", "b")
     rows = rows_of(manager, "a", "b")
-    manager.memory.extend(rows, np.array([7, 8], np.int32))
+    manager.memory.tokens.extend(rows, np.array([7, 8], np.int32))
     copies = manager.memory.try_append_single(rows, np.array([1, 1]))
     assert (copies.sources.tolist(), copies.targets.tolist()) == ([0], [1])
 
@@ -71,12 +71,12 @@ def test_many_tokens_at_once_make_known_what_one_by_one_does() -> None:
     memory = manager.memory
     manager.open("a", [1, 2])
     row = manager.row("a")
-    memory.extend(np.array([row]), np.array([3], np.int32))
-    memory.extend(np.array([row]), np.array([4], np.int32))
-    memory.extend_run(row, np.array([5], np.int32))
-    memory.extend_run(row, np.array([6, 7, 8, 9, 10], np.int32))
-    memory.extend(np.array([row]), np.array([11], np.int32))
-    known = memory.token_ids(np.array([row]), np.array([0]), np.array([11]))
+    memory.tokens.extend(np.array([row]), np.array([3], np.int32))
+    memory.tokens.extend(np.array([row]), np.array([4], np.int32))
+    memory.tokens.extend_run(row, np.array([5], np.int32))
+    memory.tokens.extend_run(row, np.array([6, 7, 8, 9, 10], np.int32))
+    memory.tokens.extend(np.array([row]), np.array([11], np.int32))
+    known = memory.tokens.packed(np.array([row]), np.array([0]), np.array([11]))
     assert known.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
@@ -113,14 +113,14 @@ def test_known_tokens_come_packed(manager: KVCacheManager) -> None:
     manager.open("b", [6])
     manager.extend("b", [7])
     rows = rows_of(manager, "b", "a", "a")
-    packed = manager.memory.token_ids(rows, np.array([1, 1, 4]), np.array([1, 3, 1]))
+    packed = manager.memory.tokens.packed(rows, np.array([1, 1, 4]), np.array([1, 3, 1]))
     assert packed.tolist() == [7, 2, 3, 4, 5]
 
 
 def test_a_simulated_sequence_has_no_token_ids(manager: KVCacheManager) -> None:
     manager.open("a", SimulatedPrompt(3))
     with pytest.raises(InvalidArgumentError, match="no token ids"):
-        manager.memory.token_ids(rows_of(manager, "a"), np.array([0]), np.array([3]))
+        manager.memory.tokens.packed(rows_of(manager, "a"), np.array([0]), np.array([3]))
 
 
 def test_the_names_of_a_failed_step_are_forgotten(manager: KVCacheManager) -> None:
