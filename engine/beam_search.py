@@ -13,10 +13,10 @@ from torch import Tensor
 from pagedkv.arrays import Int32s, as_int, cdiv
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.step_inputs import StepInputs
-from pagedkv.errors import InvalidArgumentError
+from pagedkv.errors import InvalidArgumentError, OutOfBlocksError
 from pagedkv.manager import KVCacheManager
-from pagedkv.plans import NO_COPIES, BlockCopies
-from pagedkv.storage import KVStorage
+from pagedkv.plans import NO_COPIES
+from pagedkv.storage import KVStorage, Moves
 
 __all__ = ["Beam", "BeamSearch", "BeamSearchParams"]
 
@@ -58,14 +58,6 @@ class Beam(NamedTuple):
     score: float
 
 
-class Moves(NamedTuple):
-    """Block copies of a step without swaps, as KVStorage takes them."""
-
-    copies: BlockCopies
-    swaps_out: BlockCopies = NO_COPIES
-    swaps_in: BlockCopies = NO_COPIES
-
-
 class _Search:
     """The beams of one prompt: running ones with their sequences, and those that ended."""
 
@@ -75,6 +67,8 @@ class _Search:
         self.idx = idx
         self.running: list[tuple[tuple[int, int], tuple[int, ...], float]] = []
         """(sequence id, new tokens, log-probability) of each, the likeliest first."""
+        self.open_ids: set[tuple[int, int]] = set()
+        """Sequences of it that are open: between two steps those of the running ones."""
         self.ended: list[Beam] = []
         self.num_new = 0
         self._num_sequences = 0
@@ -139,7 +133,11 @@ class BeamSearch:
     def run(
         self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int]
     ) -> list[list[Beam]]:
-        """For each prompt its `num_beams` best texts, the best first. Raises InvalidArgumentError if one can never fit."""
+        """For each prompt its `num_beams` best texts, the best first.
+
+        Raises InvalidArgumentError if one can never fit, OutOfBlocksError if one does not fit beside the requests that run.
+        Whatever is raised, every block is let go of, and nothing that was not computed stays in the prefix cache.
+        """
         ends = frozenset() if params.ignore_eos else frozenset(end_token_ids)
         searches = [_Search(prompt, params, idx) for idx, prompt in enumerate(prompts)]
         for search in searches:
@@ -151,10 +149,14 @@ class BeamSearch:
                 reserved = sum(self._num_still_needed(search) for search in active)
                 while waiting:
                     needed = waiting[-1].num_blocks(self._manager.config.block_size)
-                    if reserved + needed > self._manager.memory.pool.num_available and active:
+                    num_available = self._manager.memory.pool.num_available
+                    if reserved + needed > num_available:
+                        if not active:
+                            raise OutOfBlocksError(needed, num_available)
                         break
                     reserved += needed
-                    active.append(self._begin(waiting.pop(), ends))
+                    active.append(waiting.pop())
+                    self._begin(active[-1], ends)
                 self._step(active, ends)
                 active = [search for search in active if not self._finish_if_decided(search)]
         finally:
@@ -176,10 +178,11 @@ class BeamSearch:
         num_held = len(np.unique(np.concatenate(tables))) if tables else 0
         return max(0, search.num_blocks(self._manager.config.block_size) - num_held)
 
-    def _begin(self, search: _Search, ends: frozenset[int]) -> _Search:
+    def _begin(self, search: _Search, ends: frozenset[int]) -> None:
         """Compute the prompt, in chunks, and let its likeliest continuations be the first beams."""
         first = search.new_id()
         start = self._manager.open(first, search.prompt)
+        search.open_ids.add(first)
         search.running = [(first, (), 0.0)]
         logits = None
         for chunk_start in range(start, len(search.prompt), self._budget):
@@ -188,7 +191,6 @@ class BeamSearch:
         if logits is None:
             raise InvalidArgumentError("a prompt has at least one token")
         self._advance(search, logits.float().log_softmax(-1), ends)
-        return search
 
     def _step(self, active: list[_Search], ends: frozenset[int]) -> None:
         """One token for every running beam of every prompt, in one packed step."""
@@ -215,12 +217,14 @@ class BeamSearch:
             if parent in taken:
                 child = search.new_id()
                 manager.fork(sequence_id, child)
+                search.open_ids.add(child)
                 sequence_id = child
             taken.add(parent)
             beams.append((sequence_id, (*tokens, token), score))
         for idx, (sequence_id, _, _) in enumerate(parents):
             if idx not in taken:
                 manager.close(sequence_id)
+                search.open_ids.remove(sequence_id)
         # Only now: a fork made after its parent was extended would continue the wrong text.
         for sequence_id, tokens, _ in beams:
             manager.extend(sequence_id, tokens[-1:])
@@ -228,19 +232,24 @@ class BeamSearch:
 
     def _compute(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> Tensor:
         """Compute the next known tokens of each sequence; returns the logits of the last of each, (sequences, vocab)."""
+        with self._manager.step():
+            return self._model.forward(self._append(sequence_ids, tokens))
+
+    def _append(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> StepInputs:
+        """Give the tokens their slots, and carry out the copies on write."""
         manager = self._manager
         slots, copies = [], NO_COPIES
         for sequence_id, new in zip(sequence_ids, tokens, strict=True):
             appended = manager.append(sequence_id, len(new))
             slots.append(appended.slots)
             copies += appended.copies
-        self._storage.apply(Moves(copies))
+        self._storage.apply(Moves(copies=copies))
         lengths = np.array([manager.num_computed(sequence_id) for sequence_id in sequence_ids])
         counts = np.array([len(new) for new in tokens])
         stops = counts.cumsum()
         rows = np.array([manager.row(sequence_id) for sequence_id in sequence_ids])
         width = cdiv(int(lengths.max()), manager.config.block_size)
-        step = StepInputs(
+        return StepInputs(
             token_ids=np.concatenate(tokens),
             positions=np.concatenate([np.arange(n - k, n) for n, k in zip(lengths, counts, strict=True)]),
             slot_mapping=np.concatenate(slots),
@@ -250,7 +259,6 @@ class BeamSearch:
             logit_indices=stops - 1,
             device=self._model.device,
         )
-        return self._model.forward(step)
 
     def _finish_if_decided(self, search: _Search) -> bool:
         if not search.is_decided():
@@ -259,6 +267,7 @@ class BeamSearch:
         return True
 
     def _close(self, search: _Search) -> None:
-        for sequence_id, _, _ in search.running:
+        for sequence_id in sorted(search.open_ids):
             self._manager.close(sequence_id)
+        search.open_ids.clear()
         search.running = []

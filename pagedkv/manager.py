@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from pagedkv.errors import (
     UnknownIdError,
 )
 from pagedkv.eviction import EvictionPolicy
+from pagedkv.manager_step import ManagerStep
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.recount import check_memory
 from pagedkv.row_memory import RowMemory
@@ -133,6 +135,7 @@ class KVCacheManager:
         self._plain_root = root_key(config.identity, config.block_size)
         self._row_of: dict[Hashable, int] = {}
         self._pinned: dict[int, PrefixHit] = {}
+        self._step: ManagerStep | None = None
         level = as_check_level(check)
         self.checks = None if level == "off" else Checks(self.memory, level)
         """What looks at this memory after each operation, None if nothing does; a scheduler has itself watched, too."""
@@ -174,9 +177,8 @@ class KVCacheManager:
         O(log blocks) to find it, O(blocks hit) to pin it, after hashing the prompt.
         """
         content, num_known = self.make_content(prompt, salt=salt, adapter=adapter, extras=extras)
-        memory = self.memory
-        block_ids = memory.hit_blocks(content, memory.num_hit_blocks(content, num_known))
-        memory.pool.acquire(block_ids)
+        block_ids = self._written_hits(content, num_known)
+        self.memory.pool.acquire(block_ids)
         hit = PrefixHit(self, content, num_known, block_ids)
         self._pinned[id(hit)] = hit  # An identity as a key only: nothing is ordered or decided by it.
         return hit
@@ -206,7 +208,7 @@ class KVCacheManager:
             row = self._adopt(prompt)
         else:
             content, num_known = self.make_content(prompt, salt=salt, adapter=adapter, extras=extras)
-            block_ids = memory.hit_blocks(content, memory.num_hit_blocks(content, num_known))
+            block_ids = self._written_hits(content, num_known)
             row = memory.open(content, num_known, block_ids)
         memory.counters.record(num_known, len(block_ids), self.config.block_size)
         self._row_of[sequence_id] = row
@@ -214,10 +216,42 @@ class KVCacheManager:
 
     def close(self, sequence_id: Hashable) -> None:
         """End a sequence, swapped out or not. Its named blocks stay in the cache until they are evicted. O(blocks)."""
-        self.memory.close(self.row(sequence_id))
+        row = self.row(sequence_id)
+        self.memory.close(row)
+        if self._step is not None:
+            self._step.note_cut(row, 0)
         del self._row_of[sequence_id]
 
     # Growing, sharing, shrinking
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What is appended inside is written when it ends: `with manager.step():` append, copy, run the model.
+
+        If the body raises, all that was appended in it is taken back: the tokens are pending again, and blocks that they
+        filled have no names, so that nobody hits what was never written. Nobody does before the end, either: `open` and
+        `lookup` find what a step fills only after it. O(1), and O(blocks) if it fails.
+        Raises BlockStateError within another step, of this manager or of a scheduler on the same memory.
+
+        >>> import contextlib
+        >>> manager = KVCacheManager(CacheConfig(num_blocks=4, block_size=2))
+        >>> manager.open("a", [1, 2, 3, 4])
+        0
+        >>> with contextlib.suppress(RuntimeError), manager.step():
+        ...     slots = manager.append("a", 4).slots
+        ...     raise RuntimeError("the model failed")
+        >>> manager.num_computed("a")
+        0
+        """
+        step = self._step = ManagerStep(self.memory)
+        try:
+            yield
+        except BaseException:
+            self._step = None
+            step.take_back()
+            raise
+        self._step = None
+        step.end()
 
     def try_append(self, sequence_id: Hashable, num_tokens: int) -> Appended | None:
         """Give the next `num_tokens` known tokens their slots; None, with nothing changed, if blocks are short.
@@ -230,12 +264,17 @@ class KVCacheManager:
         num_tokens = as_int("num_tokens", num_tokens, at_least=0, at_most=num_pending)
         if num_tokens == 0:  # Nothing is written, so a shared tail need not be copied.
             return Appended(np.empty(0, np.int64), NO_COPIES)
-        # What is named here belongs to no step of a scheduler that may be planning on the same memory.
-        paused = memory.naming.pause()
-        try:
+        if self._step is None:
+            # What is named here belongs to no step of a scheduler that may be planning on the same memory.
+            paused = memory.naming.pause()
+            try:
+                copies = memory.try_append_run(row, num_tokens)
+            finally:
+                memory.naming.resume(paused)
+        else:
             copies = memory.try_append_run(row, num_tokens)
-        finally:
-            memory.naming.resume(paused)
+            if copies is not None:
+                self._step.note_append(row, start, copies)
         if copies is None:
             return None
         return Appended(memory.sequences.slots_of_run(row, start, start + num_tokens), copies)
@@ -269,22 +308,32 @@ class KVCacheManager:
         _check_hashable(sequence_id)
         if sequence_id in self._row_of:
             raise DuplicateIdError(f"sequence {shown(sequence_id)} is open already")
-        self._row_of[sequence_id] = self.memory.fork(row)
+        child = self._row_of[sequence_id] = self.memory.fork(row)
+        if self._step is not None:
+            self._step.note_fork(row, child)
 
     def truncate(self, sequence_id: Hashable, num_tokens: int) -> None:
         """Drop every token from `num_tokens` on (rejected drafts), and the blocks that only they needed. O(blocks dropped)."""
         row = self._device_row(sequence_id)
         num_known = int(self.memory.sequences.num_known[row])
-        self.memory.truncate(row, as_int("num_tokens", num_tokens, at_least=1, at_most=num_known))
+        num_tokens = as_int("num_tokens", num_tokens, at_least=1, at_most=num_known)
+        self.memory.truncate(row, num_tokens)
+        if self._step is not None:
+            self._step.note_cut(row, num_tokens)
 
     # Swapping
 
     def swap_out(self, sequence_id: Hashable) -> BlockCopies:
         """Move a sequence's blocks to the host pool; returns the copies, device to host, to make before blocks are reused.
 
-        Raises OutOfBlocksError, with nothing changed, if the host pool has too few. O(blocks).
+        Raises OutOfBlocksError, with nothing changed, if the host pool has too few; BlockStateError for a sequence that was
+        appended to in the `step` under way, which is to be written first. O(blocks).
         """
         row = self._device_row(sequence_id)
+        if self._step is not None and row in self._step:
+            raise BlockStateError(
+                f"sequence {shown(sequence_id)} has slots that this step is yet to write: swap it later"
+            )
         copies = self.memory.try_swap_out(row)
         if copies is None:
             num_blocks = int(self.memory.sequences.num_blocks[row])
@@ -362,6 +411,11 @@ class KVCacheManager:
         if row in self.memory.host_blocks:
             raise InvalidArgumentError(f"sequence {sequence_id!r} is swapped out: swap it in first")
         return row
+
+    def _written_hits(self, content: Content, num_known: int) -> BlockIds:
+        """Blocks of the longest resident prefix of which every block is written: a step under way may yet fail."""
+        memory = self.memory
+        return memory.naming.written(memory.hit_blocks(content, memory.num_hit_blocks(content, num_known)))
 
     def _adopt(self, hit: PrefixHit) -> int:
         """Make a row that takes over the hit's pin."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from pagedkv.arrays import BlockIds, Int64s, Rows
 from pagedkv.block_keys import Key
+from pagedkv.errors import BlockStateError
 from pagedkv.prefix_cache import PrefixCache
 from pagedkv.sequences import SequenceTable
 
@@ -50,7 +51,9 @@ class BlockNaming:
         self._named_in_step: list[BlockIds] | None = None
 
     def begin_step(self) -> None:
-        """A step is being planned: from here on, remember what is named."""
+        """A step is being planned: from here on, remember what is named. Raises BlockStateError if another is under way."""
+        if self._named_in_step is not None:
+            raise BlockStateError("another step is under way on this memory: it must end first")
         self._named_in_step = []
 
     def end_step(self) -> list[BlockIds]:
@@ -66,6 +69,13 @@ class BlockNaming:
     def resume(self, named: list[BlockIds] | None) -> None:
         """Go on where `pause` was called."""
         self._named_in_step = named
+
+    def written(self, block_ids: BlockIds) -> BlockIds:
+        """The blocks before the first one that the step under way has named, and so is yet to write. O(n + named)."""
+        if not self._named_in_step or not len(block_ids):
+            return block_ids
+        is_unwritten = np.isin(block_ids, np.concatenate(self._named_in_step))
+        return block_ids[: is_unwritten.argmax()] if is_unwritten.any() else block_ids
 
     def name_filled(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
         """Name the blocks that the tokens `starts[i]` to `stops[i] - 1` of each row fill. O(rows + blocks)."""

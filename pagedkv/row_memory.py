@@ -289,7 +289,7 @@ class RowMemory:
     # Steps
 
     def begin_step(self) -> None:
-        """A step is being planned: what it names is remembered until `end_step`."""
+        """A step is being planned: what it names is remembered until `end_step`. Raises BlockStateError within another."""
         self.naming.begin_step()
 
     def end_step(self) -> None:

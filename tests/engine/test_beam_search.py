@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import VOCABULARY, make_model
 
-from pagedkv import InvalidArgumentError
-from pagedkv.engine import LLM, BeamSearchParams
+from pagedkv import InvalidArgumentError, OutOfBlocksError
+from pagedkv.engine import LLM, BeamSearchParams, SamplingParams
 
 PROMPTS = [np.random.default_rng(3).integers(1, VOCABULARY, length).tolist() for length in (7, 12, 21)]
 
@@ -85,3 +85,41 @@ def test_a_search_that_can_never_fit_is_refused_with_the_arithmetic(model: Any) 
         llm.beam_search(PROMPTS[0], BeamSearchParams(num_beams=4, max_tokens=12))
 
     assert llm.engine.scheduler.manager.statistics().num_used == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("failing_pass", "num_cached"), [(1, 0), (4, 20)])  # The 4th computes the 24th token.
+def test_a_search_that_fails_leaves_no_block_and_nothing_that_was_not_computed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, failing_pass: int, num_cached: int, error: type[BaseException]
+) -> None:
+    greedy, params = SamplingParams(temperature=0, max_tokens=8), BeamSearchParams(num_beams=1, max_tokens=8)
+    prompt = PROMPTS[2]
+    right = LLM(model, num_blocks=64, block_size=4, self_check=False).generate([prompt], greedy)[0].token_ids
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    forward, passes = llm.engine.model.forward, iter(range(1, 100))
+
+    def fail_once(step: Any) -> Any:
+        if next(passes) == failing_pass:
+            raise error
+        return forward(step)
+
+    monkeypatch.setattr(llm.engine.model, "forward", fail_once)
+    with pytest.raises(error):
+        llm.beam_search(prompt, params)
+
+    assert llm.engine.scheduler.manager.statistics().num_used == 0
+    output = llm.generate([[*prompt, *right[:4]]], SamplingParams(temperature=0, max_tokens=4))[0]
+    assert (output.token_ids, output.timings.num_cached_tokens) == (right[4:], num_cached)
+    assert llm.beam_search(prompt, params)[0][0].token_ids == right
+
+
+def test_a_search_that_does_not_fit_beside_what_runs_says_so_and_fits_later(model: Any) -> None:
+    llm = LLM(model, num_blocks=16, block_size=4, self_check=False)
+    stream = llm.stream(list(range(1, 41)), SamplingParams(temperature=0, max_tokens=20))
+    next(stream)
+    params = BeamSearchParams(num_beams=2, max_tokens=8)
+    for _ in range(2):
+        with pytest.raises(OutOfBlocksError, match="13 blocks requested, 6 can be had"):
+            llm.beam_search(PROMPTS[2], params)
+    stream.close()
+    assert len(llm.beam_search(PROMPTS[2], params)[0]) == 2

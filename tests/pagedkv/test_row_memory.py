@@ -174,11 +174,11 @@ def test_many_steps_at_once_are_the_same_steps_one_by_one(
     num_taken = at_once.leaps.append(rows, num_steps).tolist()
 
     expected = []
-    one_by_one.extend(rows, None)
+    one_by_one.tokens.extend(rows, None)
     for _ in range(num_steps):
         before = one_by_one.pool.num_available
         assert len(one_by_one.try_append(rows, one_each(rows))) == 0
-        one_by_one.extend(rows, None)
+        one_by_one.tokens.extend(rows, None)
         expected.append(before - one_by_one.pool.num_available)
     assert num_taken == expected
     assert digest(twins[0]) == digest(twins[1])
