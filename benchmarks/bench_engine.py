@@ -16,7 +16,16 @@ import harness
 import torch
 import transformers
 from engine_peers import continuous_batch, one_by_one, padded_batch, random_prompts, small_llama
-from engine_stream import TRACE, azure_workload, serve_engine, serve_static, static_capacity
+from engine_stream import (
+    CALM_LIMITS,
+    TRACE,
+    Latencies,
+    azure_workload,
+    serve_engine,
+    serve_static,
+    side_by_side,
+    static_capacity,
+)
 from harness import spread
 
 from pagedkv.engine import LLM, SamplingParams
@@ -175,26 +184,30 @@ def stream_rows(report: harness.Report, model: Any) -> None:
     """At which rate static batches are saturated, and what both do at that rate, and ours at twice that."""
     work = azure_workload()
     rate = static_capacity(model, work)
-    cases = {
-        "static batches at the rate that saturates them": lambda: serve_static(model, work, rate),
-        "pagedkv at the same rate": lambda: serve_engine(model, work, rate),
-        "pagedkv at twice the rate": lambda: serve_engine(model, work, 2 * rate),
-        "pagedkv at three times the rate": lambda: serve_engine(model, work, 3 * rate),
+    cases: dict[str, Callable[[Callable[[], None]], Latencies]] = {
+        "static batches at the rate that saturates them": lambda turn: serve_static(model, work, rate, on_step=turn),
+        "pagedkv at the same rate": lambda turn: serve_engine(model, work, rate, on_step=turn),
+        "pagedkv at twice the rate": lambda turn: serve_engine(model, work, 2 * rate, on_step=turn),
+        "pagedkv at twice the rate, admission_interval=32": lambda turn: serve_engine(
+            model, work, 2 * rate, limits=CALM_LIMITS, on_step=turn
+        ),
+        "pagedkv at three times the rate": lambda turn: serve_engine(model, work, 3 * rate, on_step=turn),
     }
-    # In turn: a machine that others use drifts by more from one minute to the next than the cases differ.
-    rounds = [{name: case() for name, case in cases.items()} for _ in range(3)]
+    rounds = [side_by_side(cases) for _ in range(3)]
     static = next(iter(cases))
     for name in cases:
         found = [latencies[name] for latencies in rounds]
         figures = spread([latencies.ttft_s * 1e3 for latencies in found])
         tpots = spread([latencies.tpot_s * 1e3 for latencies in found])
         of_static = statistics.median(latencies[name].tpot_s / latencies[static].tpot_s for latencies in rounds)
+        ttft_of_static = statistics.median(latencies[name].ttft_s / latencies[static].ttft_s for latencies in rounds)
         report.add(
             f"stream, {name}: p90 TTFT",
             figures,
             "ms",
             p90_tpot_ms=round(tpots["median"], 2),
             tpot_of_static=round(of_static, 2),
+            ttft_of_static=round(ttft_of_static, 2),
             requests_per_s=round(rate, 1),
         )
 

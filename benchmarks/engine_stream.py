@@ -1,27 +1,35 @@
 """Requests that arrive one after the other, served by static batches of `generate` and by the engine, on one clock.
 
 The clock runs with the CPU time of the serving thread and jumps over the time in which nobody waits: other programs on the
-machine do not show. Arrivals are Poisson, lengths those of the Azure conversation trace, divided.
+machine do not show. How fast it is changes all the same, from second to second, so cases that are compared run side by side, a
+step each in turn. Arrivals are Poisson, lengths those of the Azure conversation trace, divided.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from engine_peers import VOCABULARY, padded_batch
 from numpy.typing import NDArray
 
 from pagedkv.engine import LLM, RequestOutput, SamplingParams
+from pagedkv.scheduler import SchedulerConfig
 from pagedkv.simulations.traces import load_trace
 
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "azure_llm_2023_conv.csv.gz"
 DIVISOR = 8
 NUM_REQUESTS = 256
 MAX_BATCH = 32
+LIMITS = SchedulerConfig(max_num_batched_tokens=512, max_num_running=64)
+CALM_LIMITS = SchedulerConfig(max_num_batched_tokens=2048, max_num_running=64, admission_interval=32)
+"""Prompts are computed together, 32 steps apart: the time per token instead of that to the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,54 @@ class WorkClock:
         self._offset += max(0.0, moment - self())
 
 
+class Turns:
+    """Lets several threads run one after the other, each until it passes its turn on."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._waiting = list(range(num_threads))
+        self._changed = threading.Condition()
+
+    def wait(self, idx: int) -> None:
+        """Wait until it is the turn of thread `idx`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[0] == idx)
+
+    def end(self) -> None:
+        """The thread whose turn it is has ended."""
+        with self._changed:
+            self._waiting.pop(0)
+            self._changed.notify_all()
+
+    def pass_on(self) -> None:
+        """End this thread's turn, and wait for its next one."""
+        with self._changed:
+            own = self._waiting.pop(0)
+            self._waiting.append(own)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting[0] == own)
+
+
+def side_by_side(cases: dict[str, Callable[[Callable[[], None]], Latencies]]) -> dict[str, Latencies]:
+    """Run all cases, each in a thread of its own, a step each in turn. A case calls what it is given after each step."""
+    turns = Turns(len(cases))
+    found: dict[str, Latencies] = {}
+
+    def run(idx: int, name: str) -> None:
+        torch.set_num_threads(1)  # A setting of each thread.
+        turns.wait(idx)
+        try:
+            found[name] = cases[name](turns.pass_on)
+        finally:
+            turns.end()
+
+    threads = [threading.Thread(target=run, args=entry) for entry in enumerate(cases)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {name: found[name] for name in cases}
+
+
 def azure_workload(seed: int = 0, first: int = 0) -> Workload:
     """`NUM_REQUESTS` requests of the trace from the `first`-th on, lengths divided by `DIVISOR`, two new tokens at least."""
     trace = load_trace(TRACE)
@@ -66,7 +122,7 @@ def azure_workload(seed: int = 0, first: int = 0) -> Workload:
     return Workload(prompts, num_new.tolist(), rng.exponential(size=NUM_REQUESTS).cumsum())
 
 
-def serve_static(model: Any, work: Workload, rate: float) -> Latencies:
+def serve_static(model: Any, work: Workload, rate: float, *, on_step: Callable[[], None] = lambda: None) -> Latencies:
     """Whoever waits when the last batch is done forms the next one. A request's tokens count as soon as they are there."""
     arrivals = work.arrivals / rate
     clock = WorkClock()
@@ -77,19 +133,31 @@ def serve_static(model: Any, work: Workload, rate: float) -> Latencies:
         stop = min(int(np.searchsorted(arrivals, clock(), side="right")), start + MAX_BATCH)
         moments: list[float] = []
         num_new = work.num_new[start:stop]
-        padded_batch(model, work.prompts[start:stop], max(num_new), on_step=lambda: moments.append(clock()))  # noqa: B023
+
+        def note(moments: list[float] = moments) -> None:
+            moments.append(clock())
+            on_step()
+
+        padded_batch(model, work.prompts[start:stop], max(num_new), on_step=note)
         first[start:stop] = moments[0]
         last[start:stop] = [moments[num - 1] for num in num_new]
         start = stop
     return _latencies(arrivals, first, last, np.array(work.num_new))
 
 
-def serve_engine(model: Any, work: Workload, rate: float, record: Path | None = None) -> Latencies:
+def serve_engine(
+    model: Any,
+    work: Workload,
+    rate: float,
+    *,
+    limits: SchedulerConfig = LIMITS,
+    record: Path | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Latencies:
     """The engine steps whenever it has work; requests join when they arrive. `record`: a folder for the run."""
     arrivals = work.arrivals / rate
     clock = WorkClock()
-    limits = {"num_blocks": 4096, "max_num_running": 64, "max_num_batched_tokens": 512}
-    llm = LLM(model, self_check=False, record=record, clock=clock, **limits)
+    llm = LLM(model, num_blocks=4096, scheduler_config=limits, self_check=False, record=record, clock=clock)
     origin = clock()
     arrivals = arrivals + origin
     ended: dict[str, RequestOutput] = {}
@@ -107,6 +175,7 @@ def serve_engine(model: Any, work: Workload, rate: float, record: Path | None = 
             llm.engine.add(str(added), token_ids, params, on_finish=keep)
             added += 1
         llm.engine.step()
+        on_step()
     llm.close()
     timings = [ended[str(i)].timings for i in range(len(arrivals))]
     first = np.array([timing.first_token_s for timing in timings])

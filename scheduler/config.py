@@ -11,6 +11,7 @@ __all__ = ["SchedulerConfig"]
 
 MAX_BATCHED_TOKENS = 2**24
 MAX_RUNNING = 2**16
+MAX_INTERVAL = 2**20
 MAX_PREEMPTIONS = 2**20
 MAX_WAITING = 2**24
 
@@ -23,6 +24,9 @@ class SchedulerConfig:
     max_num_running:        seats; a request with n samples takes n
     long_prefill_tokens:    while several requests have more than one token to compute, none gets more than this in one
                             step (None: no cap)
+    admission_interval:     steps from one that admits requests to the next that may, while anything runs and nobody was
+                            left for want of token budget: more than 1 lets rows decode undisturbed in between, which
+                            shortens the time per token and lengthens that to the first one
     chunked_prefill:        whether a prompt may be computed over several steps
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
     max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
@@ -35,6 +39,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 8192
     max_num_running: int = 256
     long_prefill_tokens: int | None = None
+    admission_interval: int = 1
     chunked_prefill: bool = True
     watermark: float = 0.01
     max_bypasses: int = 4
@@ -48,6 +53,7 @@ class SchedulerConfig:
             as_int("max_num_running", self.max_num_running, at_least=1, at_most=MAX_RUNNING)
             if self.long_prefill_tokens is not None:
                 as_int("long_prefill_tokens", self.long_prefill_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
+            as_int("admission_interval", self.admission_interval, at_least=1, at_most=MAX_INTERVAL)
             as_int("max_bypasses", self.max_bypasses, at_least=0, at_most=1000)
             as_int("max_preemptions", self.max_preemptions, at_least=1, at_most=MAX_PREEMPTIONS)
             as_int("max_num_waiting", self.max_num_waiting, at_least=1, at_most=MAX_WAITING)

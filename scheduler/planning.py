@@ -33,11 +33,13 @@ class StepPlanner:
 
     __slots__ = (
         "_admission",
+        "_admission_interval",
         "_catch_up",
         "_caught_up",
         "_drafting",
         "_grants",
         "_memory",
+        "_next_admission",
         "_queue",
         "_running",
         "_sampling",
@@ -58,6 +60,8 @@ class StepPlanner:
         sampling: Sampling,
         drafting: Drafting,
     ) -> None:
+        self._admission_interval = config.admission_interval
+        self._next_admission = 0
         self._token_budget = config.max_num_batched_tokens
         self._memory = memory
         self._queue = queue
@@ -83,12 +87,14 @@ class StepPlanner:
         self._caught_up = rows, starts, num_tokens, copies = self._catch_up.plan(now=now, step=step)
         grants = NO_GRANTS
         # Where nothing runs, somebody else who uses the same memory may have let go of blocks, and nobody tells.
-        may_admit = self._admission.is_open or not len(rows)
+        may_admit = (self._admission.is_open and not self.num_steps_closed(step)) or not len(rows)
         # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
         if may_admit and len(self._queue) and not self._shortage.preempted:
             grants = self._grants = Grants()
             self._admit(rows, starts, num_tokens, now=now, step=step)
             if grants.rows:
+                # Whoever waits for token budget alone is admitted by the very next steps: the interval begins behind them.
+                self._next_admission = step + (1 if self._admission.is_open else self._admission_interval)
                 rows = np.concatenate((rows, np.array(grants.rows)))
                 starts = np.concatenate((starts, np.array(grants.starts)))
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
@@ -119,6 +125,10 @@ class StepPlanner:
             inputs=PlanInputs(self._memory, is_decode=is_decode and granted is None),
             drafts=granted,
         )
+
+    def num_steps_closed(self, step: int) -> int:
+        """How many steps, from `step` on, admit nobody as long as anything runs, because one before them did. O(1)."""
+        return max(0, self._next_admission - step)
 
     def take_back(self, seated_rows: list[int]) -> int:
         """Retract all rows of the step that was not carried out; returns how many it had. O(rows + blocks).

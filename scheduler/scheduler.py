@@ -277,9 +277,13 @@ class Scheduler:
         blocks. O(running).
         """
         rows = self._running.rows
-        if not self._all_decode or not len(rows) or (self._admission.is_open and len(self._queue)):
+        if not self._all_decode or not len(rows):
             return 0
         num_left = int(np.minimum.reduce(self._running.max_tokens[rows] - self._memory.sequences.num_known[rows]))
+        if self._admission.is_open and len(self._queue):
+            num_left = min(num_left, self._planner.num_steps_closed(self._step))
+            if not num_left:
+                return 0
         return self._memory.leaps.num_affordable(rows, num_left)
 
     def leap(self, num_steps: int, now: float) -> tuple[StepEvents, Int64s]:

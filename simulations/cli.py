@@ -115,6 +115,13 @@ def replay(
         int | None,
         typer.Option(help="Most tokens of one prompt in a step while others wait.", rich_help_panel="Scheduling"),
     ] = None,
+    admission_interval: Annotated[
+        int,
+        typer.Option(
+            help="Steps from one that admits requests to the next that may, while any run.",
+            rich_help_panel="Scheduling",
+        ),
+    ] = 1,
     watermark: Annotated[
         float, typer.Option(help="Share of blocks that an admission leaves available.", rich_help_panel="Scheduling")
     ] = 0.01,
@@ -156,6 +163,7 @@ def replay(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_running=max_num_running,
         long_prefill_tokens=long_prefill_tokens,
+        admission_interval=admission_interval,
         watermark=watermark,
         max_bypasses=max_bypasses,
         rate_scale=rate_scale,

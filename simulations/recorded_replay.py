@@ -35,7 +35,14 @@ __all__ = ["HARDWARE_OPTIONS", "RecordedSimulator", "replay_run"]
 
 HARDWARE_OPTIONS = ("model", "device", "num_devices", "weight_bits", "kv_bits")
 CACHE_OPTIONS = ("block_size", "num_blocks", "num_host_blocks", "prefix_caching")
-LIMIT_OPTIONS = ("max_num_batched_tokens", "max_num_running", "long_prefill_tokens", "watermark", "max_bypasses")
+LIMIT_OPTIONS = (
+    "max_num_batched_tokens",
+    "max_num_running",
+    "long_prefill_tokens",
+    "admission_interval",
+    "watermark",
+    "max_bypasses",
+)
 OUTCOME_FREE_OPTIONS = ("leaps", "checks")
 STOP_TOKEN = 1
 NEVER = 2**62

@@ -76,6 +76,7 @@ class ReplayConfig:
     max_num_batched_tokens: int = 8192
     max_num_running: int = 256
     long_prefill_tokens: int | None = None
+    admission_interval: int = 1
     watermark: float = 0.01
     max_bypasses: int = 4
     rate_scale: float = 1.0
@@ -180,6 +181,7 @@ def _engine_of(trace: Trace, config: ReplayConfig, cost_model: StepCosts | None)
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_running=config.max_num_running,
             long_prefill_tokens=config.long_prefill_tokens,
+            admission_interval=config.admission_interval,
             watermark=config.watermark,
             max_bypasses=config.max_bypasses,
         ),

@@ -112,6 +112,40 @@ def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
     assert planned(scheduler.schedule(0.0)) == {"a": 4, "b": 4}
 
 
+def test_rows_decode_undisturbed_between_two_admissions() -> None:
+    scheduler = make_scheduler(admission_interval=3)
+    scheduler.add(Request("a", [1], 9), 0.0)
+    assert planned(step(scheduler)) == {"a": 1}
+    scheduler.add(Request("b", [2], 9), 0.0)
+    assert [planned(step(scheduler)) for _ in range(3)] == [{}, {}, {"b": 1}]
+    scheduler.add(Request("c", [3], 9), 0.0)
+    assert [planned(step(scheduler)) for _ in range(3)] == [{}, {}, {"c": 1}]
+
+
+def test_requests_left_over_by_the_token_budget_do_not_wait_for_the_next_admission() -> None:
+    scheduler = make_scheduler(num_blocks=20, budget=6, admission_interval=100)
+    for name in "abc":
+        scheduler.add(Request(name, [ord(name)] * 5, 9), 0.0)
+    assert [planned(step(scheduler)) for _ in range(3)] == [{"a": 5, "b": 1}, {"c": 1}, {}]
+
+
+def test_nobody_waits_for_the_next_admission_where_nothing_runs() -> None:
+    scheduler = make_scheduler(admission_interval=100)
+    scheduler.add(Request("a", [1], 1), 0.0)
+    step(scheduler)
+    scheduler.add(Request("b", [2], 1), 0.0)
+    assert planned(step(scheduler)) == {"b": 1}
+
+
+def test_steps_that_admit_nobody_do_not_put_off_the_next_admission() -> None:
+    scheduler = make_scheduler(admission_interval=3)
+    scheduler.add(Request("a", [1], 9), 0.0)
+    for _ in range(5):
+        step(scheduler)
+    scheduler.add(Request("b", [2], 9), 0.0)
+    assert planned(step(scheduler)) == {"b": 1}
+
+
 # What a step that was not carried out leaves
 
 

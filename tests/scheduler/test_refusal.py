@@ -106,6 +106,7 @@ def test_a_wrong_request_is_one_typed_error_and_changes_nothing(wrong) -> None:
         {"long_prefill_tokens": 0},
         {"long_prefill_tokens": 9, "chunked_prefill": False},
         {"max_bypasses": -1},
+        {"admission_interval": 0},
         {"max_num_running": 2.0},
     ],
     ids=str,

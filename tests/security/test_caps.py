@@ -85,6 +85,7 @@ CAPS: list[tuple[str, Callable[[int], object], int]] = [
     ("batched tokens", lambda n: SchedulerConfig(max_num_batched_tokens=n), 2**24),
     ("seats", lambda n: scheduler(max_num_running=n), 2**16),
     ("tokens of a chunk", lambda n: scheduler(long_prefill_tokens=n), 2**24),
+    ("steps between admissions", lambda n: scheduler(admission_interval=n), 2**20),
     ("bypasses", lambda n: scheduler(max_bypasses=n), 1000),
     ("waiting samples", lambda n: scheduler(max_num_waiting=n), 2**24),
     ("preemptions", lambda n: scheduler(max_preemptions=n), 2**20),

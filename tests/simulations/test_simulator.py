@@ -61,6 +61,7 @@ configurations = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([8, 16, 64]),
         "max_num_running": st.sampled_from([2, 8]),
         "long_prefill_tokens": st.sampled_from([None, 5]),
+        "admission_interval": st.sampled_from([1, 1, 3, 20]),
         "watermark": st.sampled_from([0.0, 0.1]),
         "max_bypasses": st.sampled_from([0, 2]),
     }

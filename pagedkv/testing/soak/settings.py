@@ -121,6 +121,7 @@ def draw_service(rng: np.random.Generator) -> Service:
             max_bypasses=choose(0, 1, 4),
             max_preemptions=choose(1, 2, 8),
             client_share=choose(None, None, 0.5),
+            admission_interval=choose(1, 1, 1, 3, 12),
         ),
         cache=CacheConfig(
             num_blocks=int(rng.integers(90, 220)) // block_size,
