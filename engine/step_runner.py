@@ -38,8 +38,9 @@ class StepRunner:
             )
 
     def apply(self, plan: StepPlan) -> None:
-        """Swap and copy blocks as planned. Most plans have none, and the storage checks what it is given."""
-        if len(plan.swaps_out) or len(plan.copies) or len(plan.swaps_in):
+        """Swap, copy and wipe blocks as planned. Most plans have none, and the storage checks what it is given."""
+        wipes = self.storage.zero_on == "alloc" and plan.inputs.taken
+        if len(plan.swaps_out) or len(plan.copies) or len(plan.swaps_in) or wipes:
             self.storage.apply(plan)
 
     def compute(self, plan: StepPlan) -> Tensor | None:

@@ -54,7 +54,7 @@ class BlockPool:
     4
     """
 
-    __slots__ = ("_free", "_num_free", "_state", "num_blocks", "on_evict", "policy")
+    __slots__ = ("_free", "_num_free", "_state", "num_blocks", "on_evict", "policy", "taken")
 
     def __init__(self, num_blocks: int, policy: EvictionPolicy | None = None) -> None:
         self.num_blocks = as_int("num_blocks", num_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
@@ -64,6 +64,8 @@ class BlockPool:
                 f"the eviction policy was made for {self.policy.num_blocks} blocks, the pool has {num_blocks}"
             )
         self.on_evict: Callable[[BlockIds], None] | None = None
+        self.taken: list[BlockIds] | None = None
+        """What was handed out, call by call, while somebody wants to know."""
         self._state = np.zeros(num_blocks, np.int32)
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # A stack: the next block out is the last one.
         self._num_free = num_blocks
@@ -135,6 +137,8 @@ class BlockPool:
                 block_ids = np.concatenate((self._free[:num_free][::-1], block_ids), dtype=np.int64)
                 self._num_free = 0
         self._state[block_ids] = HOLDER
+        if self.taken is not None:
+            self.taken.append(block_ids)
         return block_ids
 
     def allocate(self, num_blocks: int) -> BlockIds:

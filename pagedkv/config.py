@@ -9,7 +9,7 @@ from pagedkv.block_keys import CacheIdentity
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
-__all__ = ["MAX_BLOCK_SIZE", "CacheConfig"]
+__all__ = ["MAX_BLOCK_SIZE", "CacheConfig", "require_object"]
 
 MAX_BLOCK_SIZE = 2**16
 
@@ -42,3 +42,9 @@ class CacheConfig:
                 raise ConfigError(f"{name} must be True or False, found {shown(getattr(self, name))}")
         if not isinstance(self.identity, CacheIdentity):
             raise ConfigError(f"identity must be a CacheIdentity, found {type(self.identity).__name__}")
+
+
+def require_object(name: str, value: object, verb: str, example: str) -> None:
+    """Raise ConfigError unless `value` is an object with this method: not its name, as commands take it, nor its class."""
+    if isinstance(value, type) or not callable(getattr(value, verb, None)):
+        raise ConfigError(f"{name} must be an object such as {example}, found {shown(value)}")

@@ -291,13 +291,21 @@ class RowMemory:
     def begin_step(self) -> None:
         """A step is being planned: what it names is remembered until `end_step`. Raises BlockStateError within another."""
         self.naming.begin_step()
+        self.pool.taken = []
+
+    def end_planning(self) -> list[BlockIds]:
+        """The step is planned: returns the blocks that were handed out for it, call by call. Later ones are others'. O(1)."""
+        taken, self.pool.taken = self.pool.taken, None
+        return taken or []
 
     def end_step(self) -> None:
         """The step was carried out: what it named holds what its name says."""
+        self.pool.taken = None
         self.naming.end_step()
 
     def unname_step(self) -> BlockIds:
         """The step failed: forget the names that it gave, since the blocks were never filled, and return the blocks."""
+        self.pool.taken = None
         named = np.concatenate([NO_COPIES.sources, *self.naming.end_step()])
         named = named[self.pool.is_named(named)]
         self.cache.unname(named)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
+from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, packed_runs
 from pagedkv.errors import InvalidArgumentError, StalePlanError
-from pagedkv.plans import BlockCopies
+from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
 
 __all__ = ["PlanDrafts", "Seat", "StepPlan"]
@@ -28,11 +28,13 @@ class PlanInputs:
         "query_start_loc",
         "seq_lens",
         "slot_mapping",
+        "taken",
         "token_ids",
     )
 
-    def __init__(self, memory: RowMemory, *, is_decode: bool = False) -> None:
+    def __init__(self, memory: RowMemory, taken: list[BlockIds], *, is_decode: bool = False) -> None:
         self.memory = memory
+        self.taken = taken
         self.are_made = False
         """Whether all of them were made that can be: then rows may be gone that they were made from."""
         self.is_stale = False
@@ -107,6 +109,11 @@ class StepPlan:
     def num_rows(self) -> int:
         """Number of rows that compute something; a plan may be empty."""
         return len(self.rows)
+
+    @property
+    def taken(self) -> BlockIds:
+        """(t,) int64: blocks that this step handed out. They hold what their last owner left, where nothing is copied to them."""
+        return np.concatenate([NO_COPIES.sources, *self.inputs.taken])
 
     @property
     def seq_lens(self) -> Int64s:

@@ -122,7 +122,7 @@ class StepPlanner:
             swaps_out=self._shortage.swaps_out,
             copies=copies,
             swaps_in=grants.swaps_in,
-            inputs=PlanInputs(self._memory, is_decode=is_decode and granted is None),
+            inputs=PlanInputs(self._memory, self._memory.end_planning(), is_decode=is_decode and granted is None),
             drafts=granted,
         )
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, shown
-from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
+from pagedkv.config import require_object
+from pagedkv.errors import ConfigError, DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.scheduler.admission import Admission
 from pagedkv.scheduler.client_shares import ClientShares
@@ -68,6 +69,17 @@ class Scheduler:
         preemption: PreemptionPolicy | None = None,
         sink: EventSink | None = None,
     ) -> None:
+        if not isinstance(config, SchedulerConfig):
+            raise ConfigError(f"config must be a SchedulerConfig, found {shown(config)}")
+        for name, part, verb, example in (
+            ("manager", manager, "check_invariants", "KVCacheManager(CacheConfig(1000))"),
+            ("policy", policy, "rank", "Priority()"),
+            ("victim", victim, "choose", "LowestPriority()"),
+            ("preemption", preemption, "choose", "Swap()"),
+            ("sink", sink, "emit", "EventLog(file)"),
+        ):
+            if part is not None or name == "manager":
+                require_object(name, part, verb, example)
         self.config = config
         self.manager = manager
         self._memory = manager.memory

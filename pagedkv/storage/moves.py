@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,11 @@ class BlockMoves(Protocol):
 
     @property
     def swaps_in(self) -> BlockCopies:
-        """Host to device; carried out last."""
+        """Host to device; carried out after the copies."""
+
+    @property
+    def taken(self) -> BlockIds:
+        """(n,) int64, device blocks that were handed out: wiped last, unless something was copied to them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +41,7 @@ class Moves:
     swaps_out: BlockCopies = NO_COPIES
     copies: BlockCopies = NO_COPIES
     swaps_in: BlockCopies = NO_COPIES
+    taken: BlockIds = field(default_factory=lambda: NO_COPIES.sources)
 
 
 class Run(NamedTuple):

@@ -47,6 +47,7 @@ class KVStorage:
         "_buffers",
         "_layers",
         "_stream",
+        "_zeros",
         "device",
         "layout",
         "num_blocks",
@@ -102,6 +103,7 @@ class KVStorage:
             else:
                 self._start_cuda()
             self._layers = layer_views(self._buffers["device"], spec, layout)
+            self._zeros = torch.zeros(spec.bytes_per_block // WORD_BYTES, dtype=torch.int64, device=device)
 
     @classmethod
     def for_cache(
@@ -115,14 +117,14 @@ class KVStorage:
     ) -> Self:
         """The storage of the memory that `config` describes: its sizes, and wiped blocks where tenants share it.
 
-        `zero_on=None` is "never" for memory of one tenant. With `config.requires_salt` it is "alloc" if there is a prefix cache,
-        whose evicted blocks go to the next owner without ever having been free, and else "free", which wipes the host as well.
+        `zero_on=None` is "never" for memory of one tenant, and "alloc" with `config.requires_salt`: `apply` then wipes what a
+        scheduler's plan takes, evicted blocks too, which go to the next owner without ever having been free.
         Raises ConfigError, for different block sizes too.
         """
         if spec.block_size != config.block_size:
             raise ConfigError(f"spec has blocks of {spec.block_size} tokens, config of {config.block_size}")
         if zero_on is None:
-            zero_on = "never" if not config.requires_salt else "alloc" if config.prefix_caching else "free"
+            zero_on = "alloc" if config.requires_salt else "never"
         return cls(spec, config.num_blocks, device, config.num_host_blocks, layout=layout, zero_on=zero_on)
 
     def _start_cuda(self) -> None:
@@ -167,6 +169,7 @@ class KVStorage:
     def apply(self, plan: BlockMoves) -> None:
         """Carry out a plan's swaps out, copies and swaps in, in this order; what is computed next finds them done.
 
+        If `zero_on` is "alloc", blocks that the plan took and to which nothing was copied are zeros then.
         Everything is checked before a byte moves: BlockStateError for an id that is no block or a target that stands
         twice, InvalidArgumentError for what are no ids. Then one native call moves everything. It allocates nothing, and
         an interrupt comes before its first byte or after its last; so no call that raises has moved a part. On CUDA an
@@ -210,9 +213,21 @@ class KVStorage:
         sources += self._sources(device, copies)
         targets += self._targets(device, swaps_in)
         sources += self._sources(host, swaps_in)
+        if self.zero_on == "alloc":
+            wiped = self._wiped(plan)
+            targets += wiped
+            sources += [self._zeros[: len(piece)] for piece in wiped]
         if targets:
             # Nothing may follow in this function: see `apply`.
             torch._foreach_copy_(targets, sources, non_blocking=True)
+
+    def _wiped(self, plan: BlockMoves) -> list[Tensor]:
+        """The blocks that the plan took, but for those to which it copies."""
+        taken = np.setdiff1d(
+            checked_block_ids("taken", plan.taken, self.num_blocks),
+            np.concatenate((plan.copies.targets, plan.swaps_in.targets)),
+        )
+        return self._pieces(self._buffers["device"], [(block_id, 1) for block_id in taken.tolist()])
 
     def _targets(self, buffer: Tensor, runs: list[Run]) -> list[Tensor]:
         return self._pieces(buffer, [(run.target, run.num_blocks) for run in runs])
@@ -237,7 +252,7 @@ class KVStorage:
     # Zeroing
 
     def on_alloc(self, block_ids: BlockIds) -> None:
-        """Blocks were allocated: zeroes them if `zero_on` is "alloc". Call it before `apply`, which may fill them."""
+        """Blocks were allocated: zeroes them if `zero_on` is "alloc". For engines without our scheduler; see docs/storage.md."""
         if self.zero_on == "alloc":
             self.zero(block_ids)
 

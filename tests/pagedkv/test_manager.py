@@ -8,6 +8,7 @@ from memory_machine import digest
 
 from pagedkv import (
     CacheConfig,
+    ConfigError,
     DuplicateIdError,
     InvalidArgumentError,
     KVCacheManager,
@@ -203,3 +204,15 @@ def test_a_simulated_sequence_is_extended_by_a_number(manager: KVCacheManager) -
     for wrong in (-1, True, 1.0, [1], 2**70):
         with pytest.raises(InvalidArgumentError, match="token_ids"):
             manager.extend("a", wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": 5}, "config must be a CacheConfig, found 5"),
+        ({"config": CacheConfig(4), "eviction": "lru"}, r"eviction must be an object such as LRU\(4\), found 'lru'"),
+    ],
+)
+def test_what_is_no_configuration_and_no_policy_is_refused(arguments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KVCacheManager(**arguments)

@@ -6,14 +6,18 @@ import pytest
 from small_scheduler import Events, finish, make_scheduler, request
 
 from pagedkv import (
+    CacheConfig,
     ConfigError,
     DuplicateIdError,
     InvalidArgumentError,
+    KVCacheManager,
 )
 from pagedkv.scheduler import (
+    LatestArrival,
     Priority,
     Request,
     RequestTooLargeError,
+    Scheduler,
     SchedulerConfig,
 )
 
@@ -135,3 +139,21 @@ def test_a_time_that_is_no_number_is_refused_and_changes_nothing(now) -> None:
     assert (scheduler.in_flight, scheduler.num_running, scheduler.num_waiting) == (plan, 1, 0)
     scheduler.check_invariants()
     scheduler.update(plan, [1], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"policy": "priority"}, r"policy must be an object such as Priority\(\), found 'priority'"),
+        ({"victim": LatestArrival}, r"victim must be an object such as LowestPriority\(\), found <class"),
+        ({"preemption": "swap"}, r"preemption must be an object such as Swap\(\), found 'swap'"),
+        ({"sink": print}, r"sink must be an object such as EventLog\(file\), found <built-in function print>"),
+        ({"config": {"max_num_running": 4}}, r"config must be a SchedulerConfig, found \{'max_num_running': 4\}"),
+        ({"manager": None}, r"manager must be an object such as KVCacheManager\(CacheConfig\(1000\)\), found None"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_name_or_a_class_in_place_of_an_object_is_refused_at_once(wrong, message: str) -> None:
+    parts = {"config": SchedulerConfig(8, 4), "manager": KVCacheManager(CacheConfig(4))} | wrong
+    with pytest.raises(ConfigError, match=message):
+        Scheduler(parts.pop("config"), parts.pop("manager"), **parts)

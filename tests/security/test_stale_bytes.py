@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pagedkv import CacheConfig, KVCacheManager, KVSpec  # noqa: E402
+from pagedkv.scheduler import Request, Scheduler, SchedulerConfig  # noqa: E402
 from pagedkv.storage import KVStorage, Moves  # noqa: E402
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=1, head_dim=8, dtype="bfloat16", block_size=2)
@@ -121,15 +122,21 @@ def test_with_prefix_caching_an_evicted_block_is_zeroed_when_it_is_taken() -> No
     assert not engine.bytes_of(engine.manager.block_table("b")).any()
 
 
-def test_memory_that_tenants_share_is_wiped_without_being_asked() -> None:
-    engine = Engine(None, requires_salt=True)
-    engine.manager.open("a", [1] * 12, salt=b"a")
-    engine.write("a", 12, CANARY)
-    assert has_canary(engine.bytes_of(np.arange(6)))
-
-    engine.do(engine.manager.close, "a")
-
-    assert not engine.bytes_of(np.arange(6)).any()
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize(("zero_on", "is_wiped"), [(None, True), ("never", False)])
+def test_memory_that_tenants_share_is_wiped_by_the_plans_of_a_scheduler(
+    zero_on: str | None, is_wiped: bool, prefix_caching: bool
+) -> None:
+    engine = Engine(zero_on, prefix_caching=prefix_caching, requires_salt=True)
+    scheduler = Scheduler(SchedulerConfig(16, 2), engine.manager)
+    for salt, byte in ((b"a", CANARY), (b"b", 0x00)):
+        scheduler.add(Request(salt.decode(), [1] * 11, 1, salt=salt), 0.0)
+        plan = scheduler.schedule(0.0)
+        engine.storage.apply(plan)
+        blocks = engine.manager.memory.sequences.blocks(int(plan.rows[0]))
+        assert has_canary(engine.bytes_of(blocks)) == (salt == b"b" and not is_wiped)
+        engine.storage.write_blocks(blocks, torch.full((6, SPEC.bytes_per_block), byte, dtype=torch.uint8))
+        scheduler.update(plan, [1], 0.0)
 
 
 def test_a_saved_file_holds_no_byte_behind_the_last_token(tmp_path) -> None:

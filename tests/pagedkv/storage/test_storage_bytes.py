@@ -10,12 +10,13 @@ from storage_contents import (
     contents,
     filled,
     ids,
+    pairs,
     small_spec,
 )
 
 from pagedkv import BlockStateError, CacheConfig, ConfigError, InvalidArgumentError
 from pagedkv.plans import NO_COPIES
-from pagedkv.storage import KVStorage
+from pagedkv.storage import KVStorage, Moves
 
 # Zeroing
 
@@ -54,13 +55,47 @@ def test_zero_on_says_at_which_news_blocks_are_zeroed(
     assert after["host"][0].any()
 
 
+@pytest.mark.parametrize(
+    ("moves", "device_blocks"),
+    [
+        (Moves(taken=ids(1)), [0, None, 2]),
+        (Moves(swaps_out=pairs((1, 0)), taken=ids(1)), [0, None, 2]),
+        (Moves(copies=pairs((0, 1)), taken=ids(0, 1)), [None, 0, 2]),
+        (Moves(swaps_in=pairs((1, 2)), taken=ids(2, 0)), [None, 1, "host 1"]),
+    ],
+    ids=["taken", "swapped out before", "copied to and from", "swapped in"],
+)
+def test_blocks_that_a_plan_took_are_zeroed_once_they_were_read_unless_they_were_filled(
+    moves: Moves, device_blocks: list[int | str | None]
+) -> None:
+    storage = filled(small_spec(), 3, 2, zero_on="alloc")
+    before = contents(storage)
+    expected = {block: before["device"][block] for block in range(3)} | {None: 0, "host 1": before["host"][1]}
+
+    storage.apply(moves)
+
+    after = contents(storage)
+    for block, what in enumerate(device_blocks):
+        assert (after["device"][block] == expected[what]).all()
+    if len(moves.swaps_out):
+        np.testing.assert_array_equal(after["host"][0], before["device"][1])
+
+
+@pytest.mark.parametrize("zero_on", ["free", "never"])
+def test_blocks_that_a_plan_took_keep_their_bytes_unless_they_are_to_be_wiped(zero_on: str) -> None:
+    storage = filled(small_spec(), 2, 0, zero_on=zero_on)
+    before = contents(storage)
+    storage.apply(Moves(taken=ids(1)))
+    assert_same(contents(storage), before)
+
+
 def test_zero_is_never_unless_asked_for() -> None:
     assert KVStorage(small_spec(), 1).zero_on == "never"
 
 
 @pytest.mark.parametrize(
     ("requires_salt", "prefix_caching", "zero_on"),
-    [(False, True, "never"), (False, False, "never"), (True, True, "alloc"), (True, False, "free")],
+    [(False, True, "never"), (False, False, "never"), (True, True, "alloc"), (True, False, "alloc")],
 )
 def test_memory_that_tenants_share_is_wiped_unless_that_is_denied(
     requires_salt: bool, prefix_caching: bool, zero_on: str
