@@ -36,6 +36,7 @@ class Request:
     `prompt` is token ids, or a SimulatedPrompt. `max_new_tokens` may be 0: then the prompt is computed and nothing is
     sampled. `n` samples share the prompt's blocks. `priority` counts for policies that look at it: lower goes first.
     `reads_cache=False` computes the whole prompt (for log-probabilities of prompt tokens) but leaves its blocks to others.
+    `stop_token_ids` are kept as a frozenset.
     """
 
     request_id: str
@@ -84,5 +85,6 @@ class Request:
             num_stops = MAX_STOP_TOKENS + 1
         if num_stops > MAX_STOP_TOKENS:
             raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {num_stops}")
-        for token_id in stops:
-            as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID)
+        # A set, and its own: looked at in many steps, in which the caller may change what it passed.
+        checked = (as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID) for token_id in stops)
+        object.__setattr__(self, "stop_token_ids", frozenset(checked))

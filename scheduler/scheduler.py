@@ -233,7 +233,8 @@ class Scheduler:
         """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
 
         Plain tokens are one for each row; a StepOutcome tells of several for a row, and of rows that the engine ends.
-        O(sampled) array operations; Python-level work only for rows that fill a block or end.
+        O(sampled) array operations; Python-level work only for rows that fill a block or end, or that get what may be a
+        stop token of some live sample.
         Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
         """
         _require_time(now)
