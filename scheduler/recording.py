@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, shown
+from pagedkv.arrays import Int32s, as_time, shown
 from pagedkv.block_keys import CacheIdentity, ExtraKey
 from pagedkv.config import CacheConfig
 from pagedkv.content import SimulatedPrompt
@@ -71,16 +71,19 @@ class Recorder:
 
     def add(self, request: Request, now: float) -> None:
         """As Scheduler.add."""
+        now = as_time(now)
         self._write({"call": "add", "now": now, "request": _encode_request(request)})
         self.scheduler.add(request, now)
 
     def abort(self, request_id: str, now: float) -> None:
         """As Scheduler.abort."""
+        now = as_time(now)
         self._write({"call": "abort", "now": now, "request_id": request_id})
         self.scheduler.abort(request_id, now)
 
     def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
         """As Scheduler.schedule; the record holds the drafts, and a digest of the plan."""
+        now = as_time(now)
         plan = self.scheduler.schedule(now, drafts)
         guesses = (
             {"drafts": [[int(row), _plain(tokens)] for row, tokens in drafts.items()]} if drafts is not None else {}
@@ -90,11 +93,13 @@ class Recorder:
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """As Scheduler.update."""
+        now = as_time(now)
         self._write({"call": "update", "now": now, **_encode_outcome(outcome)})
         return self.scheduler.update(plan, outcome, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """As Scheduler.fail."""
+        now = as_time(now)
         self._write({"call": "fail", "now": now, "reason": reason})
         self.scheduler.fail(plan, now, reason)
 
@@ -255,7 +260,7 @@ def _encode_request(request: Request) -> dict[str, Any]:
         for field in dataclasses.fields(request)
         if field.name not in ("prompt", "salt", "extras", "stop_token_ids")
     }
-    stops = sorted(int(token) for token in request.stop_token_ids)
+    stops = sorted(request.stop_token_ids)
     return {**plain, "prompt": encoded, "salt": request.salt.hex(), "extras": extras, "stop_token_ids": stops}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pagedkv.arrays import MAX_TOKEN_ID, as_int, shown
+from pagedkv.arrays import MAX_TOKEN_ID, as_int, keep_int, shown
 from pagedkv.block_keys import ExtraKey, as_extras, check_adapter, check_salt
 from pagedkv.content import MAX_TOKENS
 from pagedkv.errors import InvalidArgumentError
@@ -54,8 +54,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id or len(self.request_id) > MAX_ID_BYTES:
             raise InvalidArgumentError(f"request_id must be a str of 1 to {MAX_ID_BYTES} characters")
-        as_int("max_new_tokens", self.max_new_tokens, at_least=0, at_most=MAX_TOKENS)
-        as_int("n", self.n, at_least=1, at_most=MAX_SAMPLES)
+        keep_int(self, "max_new_tokens", at_least=0, at_most=MAX_TOKENS)
+        keep_int(self, "n", at_least=1, at_most=MAX_SAMPLES)
         if (
             isinstance(self.priority, bool)
             or not isinstance(self.priority, int | float)

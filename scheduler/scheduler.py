@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, shown
+from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, as_time, shown
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.scheduler.admission import Admission
@@ -36,14 +35,6 @@ from pagedkv.scheduler.waiting_queue import WaitingQueue
 __all__ = ["Scheduler"]
 
 CHANGING_VERBS = ("add", "abort", "schedule", "update", "fail", "leap")
-NUMBERS = (float, int, np.integer, np.floating)
-
-
-def _require_time(now: float) -> None:
-    """Raise InvalidArgumentError unless `now` is a finite number: places in the queue and event logs depend on it."""
-    # Written so that NaN, which compares false with everything, and whole numbers beyond floats are refused as well.
-    if not isinstance(now, NUMBERS) or not abs(now) <= sys.float_info.max:
-        raise InvalidArgumentError(f"now must be a finite number of seconds, found {shown(now)}")
 
 
 class Scheduler:
@@ -122,7 +113,7 @@ class Scheduler:
         Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError with the arithmetic if it can never fit, and
         QueueFullError if as many wait as may.
         """
-        _require_time(now)
+        now = as_time(now)
         request_id = request.request_id
         if request_id in self._live:
             raise DuplicateIdError(f"request {shown(request_id)} is live already")
@@ -158,7 +149,7 @@ class Scheduler:
 
     def abort(self, request_id: str, now: float) -> None:
         """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks)."""
-        _require_time(now)
+        now = as_time(now)
         samples = self._live.pop(request_id, None) if isinstance(request_id, str) else None
         if samples is None:
             raise UnknownIdError(f"no live request {shown(request_id)}")
@@ -211,7 +202,7 @@ class Scheduler:
         changes then. Whatever else is raised while the step is planned, by a policy or for want of memory, the step counts
         as failed: what it gave is taken back, preempted requests wait, and the next call plans anew.
         """
-        _require_time(now)
+        now = as_time(now)
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         guesses = None if drafts is None else self._drafting.check(drafts)
@@ -237,7 +228,7 @@ class Scheduler:
         stop token of some live sample.
         Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
         """
-        _require_time(now)
+        now = as_time(now)
         self._check_in_flight(plan)
         new = checked_outcome(plan, outcome, needs_token_ids=self._kinds.num_with_tokens > 0)
         ended = self._close_plan(plan)
@@ -262,7 +253,7 @@ class Scheduler:
         Names that the step gave are forgotten, slots taken back; samples whose blocks were to be moved by the step start
         over from what is sure to be on the device.
         """
-        _require_time(now)
+        now = as_time(now)
         self._check_in_flight(plan)
         self._close_plan(plan)
         self._take_back([seat.row for seat in plan.admitted], now, reason, step=plan.step)
@@ -292,8 +283,8 @@ class Scheduler:
         """
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
-        _require_time(now)
-        as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
+        now = as_time(now)
+        num_steps = as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
         rows = self._running.rows.copy()
         used = self._memory.leaps.append(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]

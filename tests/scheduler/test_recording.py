@@ -226,6 +226,27 @@ def test_a_recording_of_before_there_was_a_bound_on_preemptions_replays_without_
     assert len(list(replay_recording([json.dumps(header), *lines[1:]]))) == num_steps
 
 
+def test_numbers_of_numpy_are_logged_and_recorded_as_plain_ones() -> None:
+    log, recording = io.StringIO(), io.StringIO()
+    three, half = np.int64(3), np.float32(0.5)
+    manager = KVCacheManager(CacheConfig(np.int64(8), np.int32(4), np.int64(2)))
+    limits = SchedulerConfig(np.int64(32), np.int64(4), np.int64(8), max_bypasses=three, max_preemptions=three)
+    scheduler = Recorder(Scheduler(limits, manager, sink=EventLog(log)), recording)
+    extras = (ExtraKey(np.int64(0), np.int64(1), b"i"),)
+    stops = np.array([7, 9])
+    scheduler.add(Request("a", [1, 2], three, n=np.int64(2), extras=extras, stop_token_ids=(*stops,)), now=half)
+    scheduler.add(Request("b", SimulatedPrompt(np.int64(5), [1, 2], np.int64(4)), three), now=half)
+    scheduler.add(Request("c", SimulatedPrompt(5, (), np.int64(4)), 1), now=half)
+    scheduler.abort("c", now=half)
+    scheduler.fail(scheduler.schedule(now=half), now=half)
+    scheduler.update(scheduler.schedule(now=half), [7, 5, 6], now=half)
+    again = io.StringIO()
+
+    assert len(list(replay_recording(recording.getvalue().splitlines(), EventLog(again)))) == 2
+    assert again.getvalue() == log.getvalue()
+    assert '"time":0.5,' in log.getvalue()
+
+
 def test_a_bug_of_ours_is_raised_and_not_taken_for_a_call_that_failed_when_recorded(monkeypatch) -> None:
     recording, _ = record()
 
