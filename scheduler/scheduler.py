@@ -294,6 +294,11 @@ class Scheduler:
     # Looking
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has taken a request or planned a step. O(1)."""
+        return self._num_added > 0 or self._step > 0
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is waiting, running or swapped out. O(1)."""
         return bool(self._live)
