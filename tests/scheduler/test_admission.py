@@ -65,6 +65,17 @@ def test_without_chunks_a_prompt_that_fits_the_rest_of_the_budget_exactly_is_adm
     assert planned(scheduler.schedule(0.0)) == {"one": 1, "five": 5}
 
 
+def test_without_chunks_a_prompt_that_reads_no_cache_is_admitted_only_whole() -> None:
+    scheduler = make_scheduler(budget=6, chunked_prefill=False)
+    scheduler.add(Request("warm", [1, 2, 3, 4, 5, 6], 1), 0.0)
+    step(scheduler)
+    scheduler.add(Request("a", [11, 12], 4), 0.0)
+    scheduler.add(Request("b", [1, 2, 3, 4, 5], 2, reads_cache=False), 0.0)
+
+    assert planned(step(scheduler)) == {"a": 2}  # "b" has five tokens to compute, and four are left.
+    assert planned(step(scheduler)) == {"b": 5}
+
+
 def test_a_swapped_request_that_does_not_fit_waits_on_the_host(swapped: Scheduler) -> None:
     plan = step(swapped)
 
