@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, UnknownIdError
+from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, SimulatedPrompt, UnknownIdError
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
 
@@ -166,3 +166,17 @@ def test_a_tie_between_the_modes_is_recomputed_and_costs_may_be_nothing() -> Non
     assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=1.0).choose(5, 2) is PreemptionMode.SWAP
     assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.SWAP
     assert Cheaper(prefill_s_per_token=0.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.RECOMPUTE
+
+
+def test_a_request_whose_ids_contradict_those_of_others_is_served_with_a_shorter_hit() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(Request("a", SimulatedPrompt(7, [1, 2, 3], 2), 1), 0.0)
+    scheduler.update(scheduler.schedule(0.0), None, 0.0)
+    scheduler.add(Request("b", SimulatedPrompt(7, [1, 9, 3], 2), 1), 0.0)
+
+    plan = scheduler.schedule(0.0)
+    scheduler.update(plan, None, 0.0)
+
+    assert (plan.starts.tolist(), plan.num_tokens.tolist()) == ([2], [5])
+    assert not scheduler.has_work
+    scheduler.check_invariants()
