@@ -330,9 +330,9 @@ class Scheduler:
 
     def outputs(self, request_id: str) -> dict[int, Int32s]:
         """New tokens so far of each live sample of a request, by sample index. O(tokens). Raises UnknownIdError."""
-        samples = self._live.get(request_id)
+        samples = self._live.get(request_id) if isinstance(request_id, str) else None
         if samples is None:
-            raise UnknownIdError(f"no live request {request_id!r}")
+            raise UnknownIdError(f"no live request {shown(request_id)}")
         for sample in samples:
             if sample.row >= 0:
                 self._memory.tokens.sync(sample.row)

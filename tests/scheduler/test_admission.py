@@ -114,6 +114,8 @@ def test_blocks_that_are_not_there_for_a_swap_in_are_our_bug(
 def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
     with pytest.raises(UnknownIdError, match="no live request 'gone'"):
         make_scheduler().outputs("gone")
+    with pytest.raises(UnknownIdError, match=r"no live request \[1\]"):
+        make_scheduler().outputs([1])
 
 
 def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
