@@ -85,3 +85,9 @@ def test_a_search_that_can_never_fit_is_refused_with_the_arithmetic(model: Any) 
         llm.beam_search(PROMPTS[0], BeamSearchParams(num_beams=4, max_tokens=12))
 
     assert llm.engine.scheduler.manager.statistics().num_used == 0
+
+
+def test_as_many_new_tokens_may_be_asked_for_as_a_sequence_has_at_most() -> None:
+    assert BeamSearchParams(max_tokens=2**26).max_tokens == 2**26
+    with pytest.raises(InvalidArgumentError, match=r"max_tokens must be in 1\.\.67108864"):
+        BeamSearchParams(max_tokens=2**26 + 1)
