@@ -17,6 +17,7 @@ __all__ = [
     "FEW",
     "Int32s",
     "Int64s",
+    "MAX_NUM_BLOCKS",
     "MAX_TOKENS",
     "Rows",
     "as_int",
@@ -38,6 +39,8 @@ Rows: TypeAlias = Int64s
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKENS = 2**26
 """Documented cap on the tokens of one sequence."""
+MAX_NUM_BLOCKS = 2**28
+"""Documented cap on the blocks of a pool and of its policy: 4.3 billion token slots at 16 tokens a block."""
 MAX_SHOWN_CHARS = 60
 FEW = 32
 """Python's own containers beat array operations on so many numbers."""
