@@ -88,9 +88,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a parent counts its child, as was checked before, so that its blockers are not exactly HELD",
     (
         "pagedkv/scheduler/ending.py",
-        "return [sample for sample, token in zip(samples, token_ids, strict=True) if token in sample.request.stop_token_ids]",
+        "at_stop = [token in sample.request.stop_token_ids for sample, token in zip(samples, tokens, strict=True)]",
         "True -> False",
     ): "each row has one last token",
+    (
+        "pagedkv/scheduler/kinds.py",
+        "NUM_BUCKETS = 4096",
+        "4096 -> 4097",
+    ): "tokens of one bucket are told apart by each sample's own stop tokens",
     (
         "pagedkv/scheduler/rollback.py",
         "num_valid = dict(zip(rows.tolist(), starts.tolist(), strict=True))",

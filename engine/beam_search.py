@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.arrays import Int32s, as_int, cdiv
+from pagedkv.arrays import MAX_TOKENS, Int32s, as_int, cdiv
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.step_inputs import StepInputs
 from pagedkv.errors import InvalidArgumentError, OutOfBlocksError
@@ -28,7 +28,7 @@ class BeamSearchParams:
     """What beam search keeps and when it ends, as transformers' `generate(num_beams=...)` means it.
 
     num_beams:      texts that are followed at a time, 1..256
-    max_tokens:     new tokens at most, 1..2^28
+    max_tokens:     new tokens at most, 1..2^26
     length_penalty: a text's score is its log-probability / its new tokens ** this
     early_stopping: end once `num_beams` texts have ended; otherwise, once no running one can be expected to beat them
     ignore_eos:     the model's end tokens do not end a text
@@ -42,7 +42,7 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         as_int("num_beams", self.num_beams, at_least=1, at_most=MAX_BEAMS)
-        as_int("max_tokens", self.max_tokens, at_least=1, at_most=2**28)
+        as_int("max_tokens", self.max_tokens, at_least=1, at_most=MAX_TOKENS)
         if not isinstance(self.length_penalty, int | float) or not abs(self.length_penalty) <= 100:
             raise InvalidArgumentError(f"length_penalty must be a number in -100..100, found {self.length_penalty!r}")
 

@@ -12,7 +12,7 @@ from pagedkv import CacheConfig, CacheIdentity, KVCacheManager
 from pagedkv.arrays import as_int, cdiv
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.engine.core import Engine
-from pagedkv.engine.memory_budget import as_bytes, measure_budget, num_blocks_within, profile_step
+from pagedkv.engine.memory_budget import as_bytes, can_measure, measure_budget, num_blocks_within, profile_step
 from pagedkv.engine.metrics import EngineMetrics
 from pagedkv.engine.model import LayerShape, PagedModel, inspect_model
 from pagedkv.engine.model.self_check import check_same_logits
@@ -151,8 +151,13 @@ def max_length_of(model: Any) -> int | None:
 def _affordable_blocks(
     model: Any, layers: list[LayerShape], spec: KVSpec, kv_memory: str | int | float | None, config: SchedulerConfig
 ) -> int:
-    """Blocks that fit into what was granted, as measured; without a grant no more than full seats of full length need."""
+    """Blocks that fit into what was granted, as measured; without a grant no more than full seats of full length need.
+
+    Bytes are taken at their word where nothing can be measured.
+    """
     device = next(model.parameters()).device
+    if isinstance(kv_memory, str | int) and not can_measure(device):
+        return min(num_blocks_within(spec, as_bytes("kv_memory", kv_memory)), MAX_NUM_BLOCKS)
     one_block = PagedModel(model, layers, KVStorage(spec, 1, device))
     max_length = max_length_of(model)
     num_tokens = config.max_num_batched_tokens if max_length is None else min(config.max_num_batched_tokens, max_length)

@@ -17,7 +17,7 @@ from pagedkv.engine.step_inputs import StepInputs
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.kv_spec import KVSpec
 
-__all__ = ["MemoryBudget", "as_bytes", "measure_budget", "profile_step"]
+__all__ = ["MemoryBudget", "as_bytes", "can_measure", "measure_budget", "profile_step"]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -77,6 +77,16 @@ def as_bytes(name: str, amount: str | int) -> int:
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise InvalidArgumentError(f'{name} must be bytes or a text such as "4GiB", found {amount!r}')
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def can_measure(device: torch.device) -> bool:
+    """Whether the system tells what memory the device has: of a CPU, Linux alone does."""
+    if device.type != "cuda":
+        try:
+            _available_bytes()
+        except MemoryBudgetError:
+            return False
+    return True
 
 
 def measure_budget(device: torch.device, run_step: Callable[[], None]) -> MemoryBudget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sized
 from itertools import islice
 from typing import TypeAlias
@@ -16,11 +17,14 @@ __all__ = [
     "FEW",
     "Int32s",
     "Int64s",
+    "MAX_NUM_BLOCKS",
     "MAX_TOKENS",
     "Rows",
     "as_int",
+    "as_time",
     "as_token_ids",
     "cdiv",
+    "keep_int",
     "packed_runs",
     "shown",
 ]
@@ -35,6 +39,8 @@ Rows: TypeAlias = Int64s
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKENS = 2**26
 """Documented cap on the tokens of one sequence."""
+MAX_NUM_BLOCKS = 2**28
+"""Documented cap on the blocks of a pool and of its policy: 4.3 billion token slots at 16 tokens a block."""
 MAX_SHOWN_CHARS = 60
 FEW = 32
 """Python's own containers beat array operations on so many numbers."""
@@ -87,6 +93,21 @@ def as_int(name: str, value: object, *, at_least: int, at_most: int) -> int:
     if not at_least <= value <= at_most:
         raise InvalidArgumentError(f"{name} must be in {at_least}..{at_most}, found {shown(int(value))}")
     return int(value)
+
+
+def keep_int(owner: object, name: str, *, at_least: int, at_most: int) -> None:
+    """Replace a field of a frozen dataclass by what `as_int` makes of it: JSON knows no numbers of numpy's."""
+    object.__setattr__(owner, name, as_int(name, getattr(owner, name), at_least=at_least, at_most=at_most))
+
+
+def as_time(now: float) -> float:
+    """Return `now` as a float. Raises InvalidArgumentError unless it is a finite number: orders and logs depend on it."""
+    if isinstance(now, np.integer | np.floating):
+        now = float(now)
+    # Written so that NaN, which compares false with everything, and whole numbers beyond floats are refused as well.
+    if not isinstance(now, float | int) or not abs(now) <= sys.float_info.max:
+        raise InvalidArgumentError(f"now must be a finite number of seconds, found {shown(now)}")
+    return float(now)
 
 
 def _listed(values: Iterable[int]) -> list[int]:

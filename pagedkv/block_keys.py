@@ -16,7 +16,7 @@ from hashlib import sha256
 from itertools import islice
 from typing import TypeAlias
 
-from pagedkv.arrays import as_int
+from pagedkv.arrays import keep_int
 from pagedkv.errors import InvalidArgumentError
 
 __all__ = [
@@ -68,8 +68,8 @@ class ExtraKey:
     digest: bytes
 
     def __post_init__(self) -> None:
-        as_int("start", self.start, at_least=0, at_most=MAX_POSITION)
-        as_int("stop", self.stop, at_least=self.start + 1, at_most=MAX_POSITION)
+        keep_int(self, "start", at_least=0, at_most=MAX_POSITION)
+        keep_int(self, "stop", at_least=self.start + 1, at_most=MAX_POSITION)
         if not isinstance(self.digest, bytes) or not 1 <= len(self.digest) <= MAX_SALT_BYTES:
             raise InvalidArgumentError(f"an extra key's digest must be 1 to {MAX_SALT_BYTES} bytes")
 

@@ -6,15 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagedkv.arrays import FEW, BlockIds, Int32s, as_int
+from pagedkv.arrays import FEW, MAX_NUM_BLOCKS, BlockIds, Int32s, as_int
 from pagedkv.errors import BlockStateError, ConfigError, InvariantViolation, OutOfBlocksError
 from pagedkv.eviction.lru import LRU
 from pagedkv.eviction.protocol import EvictionPolicy
 
 __all__ = ["MAX_NUM_BLOCKS", "BlockPool"]
-
-MAX_NUM_BLOCKS = 2**28
-"""Documented cap on the size of a pool: 4.3 billion token slots at 16 tokens a block."""
 
 NO_BLOCKS = np.empty(0, np.int64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pagedkv.arrays import as_int, shown
+from pagedkv.arrays import keep_int, shown
 from pagedkv.block_keys import CacheIdentity
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import ConfigError, InvalidArgumentError
@@ -32,9 +32,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         try:
-            as_int("num_blocks", self.num_blocks, at_least=1, at_most=MAX_NUM_BLOCKS)
-            as_int("block_size", self.block_size, at_least=1, at_most=MAX_BLOCK_SIZE)
-            as_int("num_host_blocks", self.num_host_blocks, at_least=0, at_most=MAX_NUM_BLOCKS)
+            keep_int(self, "num_blocks", at_least=1, at_most=MAX_NUM_BLOCKS)
+            keep_int(self, "block_size", at_least=1, at_most=MAX_BLOCK_SIZE)
+            keep_int(self, "num_host_blocks", at_least=0, at_most=MAX_NUM_BLOCKS)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         for name in ("prefix_caching", "requires_salt"):

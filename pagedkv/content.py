@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, as_int, cdiv
+from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, cdiv, keep_int
 from pagedkv.block_keys import ExtraKey, Key, chain_keys, encode_extras
 from pagedkv.errors import InvalidArgumentError
 
@@ -32,7 +32,7 @@ class SimulatedPrompt:
     content_block_size: int = 0
 
     def __post_init__(self) -> None:
-        as_int("num_tokens", self.num_tokens, at_least=1, at_most=MAX_TOKENS)
+        keep_int(self, "num_tokens", at_least=1, at_most=MAX_TOKENS)
         if isinstance(self.content_ids, range) and self.content_ids[self.num_tokens :]:
             raise InvalidArgumentError(f"{self.num_tokens} tokens have at most as many content ids, found more")
         try:
@@ -42,9 +42,9 @@ class SimulatedPrompt:
         if ids.ndim != 1:
             raise InvalidArgumentError(f"content ids must be one row of whole numbers, found shape {ids.shape}")
         num_ids = len(ids)
+        keep_int(self, "content_block_size", at_least=1 if num_ids else 0, at_most=MAX_TOKENS)
         if num_ids == 0:
             return
-        as_int("content_block_size", self.content_block_size, at_least=1, at_most=MAX_TOKENS)
         num_full, num_all = self.num_tokens // self.content_block_size, cdiv(self.num_tokens, self.content_block_size)
         if num_ids not in (num_full, num_all):
             raise InvalidArgumentError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pagedkv.arrays import as_int, cdiv, shown
+from pagedkv.arrays import as_int, cdiv, keep_int, shown
 from pagedkv.config import MAX_BLOCK_SIZE
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
@@ -80,11 +80,11 @@ class KVSpec:
             # Two specs of the same shape are equal, however they were written down.
             object.__setattr__(self, "value_dim", self.head_dim)
         try:
-            as_int("num_layers", self.num_layers, at_least=1, at_most=MAX_LAYERS)
-            as_int("num_kv_heads", self.num_kv_heads, at_least=1, at_most=MAX_HEADS)
-            as_int("head_dim", self.head_dim, at_least=1, at_most=MAX_DIM)
-            as_int("value_dim", self.value_dim, at_least=1, at_most=MAX_DIM)
-            as_int("block_size", self.block_size, at_least=1, at_most=MAX_BLOCK_SIZE)
+            keep_int(self, "num_layers", at_least=1, at_most=MAX_LAYERS)
+            keep_int(self, "num_kv_heads", at_least=1, at_most=MAX_HEADS)
+            keep_int(self, "head_dim", at_least=1, at_most=MAX_DIM)
+            keep_int(self, "value_dim", at_least=1, at_most=MAX_DIM)
+            keep_int(self, "block_size", at_least=1, at_most=MAX_BLOCK_SIZE)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if not isinstance(self.dtype, str) or self.dtype not in BITS_PER_ELEMENT:

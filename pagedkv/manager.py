@@ -288,9 +288,10 @@ class KVCacheManager:
         """As `try_append`, but raises OutOfBlocksError, with nothing changed, if blocks are short."""
         appended = self.try_append(sequence_id, num_tokens)
         if appended is None:
-            row = np.array([self.row(sequence_id)])
-            needed = int(self.memory.sequences.num_blocks_to_append(row, np.array([num_tokens]))[0])
-            raise OutOfBlocksError(max(needed, self.memory.pool.num_available + 1), self.memory.pool.num_available)
+            memory, rows = self.memory, np.array([self.row(sequence_id)])
+            num_new = int(memory.sequences.num_blocks_to_append(rows, num_tokens)[0])
+            num_copied = len(memory.shared_tails.rows_to_copy(rows, memory.sequences.num_computed[rows]))
+            raise OutOfBlocksError(num_new + num_copied, memory.pool.num_available)
         return appended
 
     def extend(self, sequence_id: Hashable, token_ids: Sequence[int] | int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from pagedkv.errors import InvariantViolation
 
 __all__ = ["PrefixCache"]
 
+NO_PARENT = -1
+
 
 class PrefixCache:
     """Names full blocks of a pool. A key stands for a whole prefix, so it names one block, and a block has one key.
@@ -24,15 +27,21 @@ class PrefixCache:
 
     *Duplicates.* Two sequences that computed the same block independently keep their own; the map names the first.
     The other sequence names nothing further: its blocks would hang from a head that it does not hold.
+
+    *Contradictions.* Keys of real tokens are hashes of their whole prefix; simulated ids are what somebody says, and may
+    come after two different prefixes. A hit then ends before what is not there, and, where the policy knows the parents of
+    blocks, before the first that continues another block: its holder would not hold its ancestors.
     """
 
-    __slots__ = ("_block_of", "_key_of", "_pool")
+    __slots__ = ("_block_of", "_key_of", "_parent_of", "_pool")
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._block_of: dict[Key, int] = {}
         # The key of a block that has lost its name stays until another overwrites it: the pool knows who is named.
         self._key_of = np.empty(pool.num_blocks, object)
+        # As `_key_of`; only kept for policies that track names.
+        self._parent_of = np.empty(pool.num_blocks if pool.policy.tracks_names else 0, np.int64)
         pool.on_evict = self._forget
 
     def __len__(self) -> int:
@@ -61,9 +70,30 @@ class PrefixCache:
         return low
 
     def blocks(self, keys: Sequence[Key], num_keys: int) -> BlockIds:
-        """Blocks of the first `num_keys` keys, all of which are resident, (num_keys,) int64. O(num_keys)."""
+        """Blocks of the first `num_keys` keys, as many as `num_resident` found, (num_keys,) int64. O(num_keys).
+
+        They are fewer where simulated ids contradict each other.
+        """
         first = keys if len(keys) == num_keys else keys[:num_keys]
-        return np.array(list(map(self._block_of.__getitem__, first)), np.int64)
+        try:
+            block_ids = np.array(list(map(self._block_of.__getitem__, first)), np.int64)
+        except KeyError:
+            resident = takewhile(self._block_of.__contains__, first)
+            block_ids = np.array([self._block_of[key] for key in resident], np.int64)
+        if self.tracks_names and len(block_ids) and isinstance(first[0], int):
+            return self._first_chain(block_ids)
+        return block_ids
+
+    def _first_chain(self, block_ids: BlockIds) -> BlockIds:
+        """The first of these blocks that continue each other, from the start of a prompt on. O(n)."""
+        parent_ids = self._parent_of[block_ids]
+        if parent_ids.item(0) != NO_PARENT:
+            return block_ids[:0]
+        if (
+            parent_ids[1:].tobytes() == block_ids[:-1].tobytes()
+        ):  # As good as always, and half the cost of comparing arrays.
+            return block_ids
+        return block_ids[: int((parent_ids[1:] != block_ids[:-1]).argmax()) + 1]
 
     def name_chain(self, keys: Sequence[Key], block_ids: BlockIds, parent_id: int) -> int:
         """Name a run of held blocks, the first continuing `parent_id` (-1: none), up to the first key that names another.
@@ -92,6 +122,7 @@ class PrefixCache:
         self._key_of[block_ids] = keys
         self._pool.name(block_ids)
         if self._pool.policy.tracks_names:
+            self._parent_of[block_ids] = parent_ids
             self._pool.policy.on_name(block_ids, keys, parent_ids)
 
     def name_each(self, keys: list[Key], block_ids: BlockIds, parent_ids: BlockIds) -> NDArray[np.bool_]:
@@ -111,6 +142,7 @@ class PrefixCache:
         self._key_of[block_ids] = keys
         self._pool.name(block_ids)
         if self._pool.policy.tracks_names:
+            self._parent_of[block_ids] = parent_ids
             self._pool.policy.on_name(block_ids, keys, parent_ids)
         return is_new
 

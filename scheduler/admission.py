@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pagedkv.arrays import cdiv
+from pagedkv.arrays import BlockIds, cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
@@ -115,10 +115,9 @@ class Admission:
         cap = config.long_prefill_tokens
         if cap is not None and num_prefilling + len(self._queue) > 1:
             budget = min(budget, cap)
-        if not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget:
-            num_hit = self._memory.num_hit_blocks(sample.content, sample.num_known) * self._memory.block_size
-            if sample.num_known - num_hit > budget:
-                return 0
+        may_wait = not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget
+        if may_wait and sample.num_known - len(self._hit_blocks(sample)) * self._memory.block_size > budget:
+            return 0
         return budget
 
     def _try_admit(self, sample: Sample, chunk: int, num_promised: int, grants: Grants, now: float, step: int) -> bool:
@@ -163,8 +162,8 @@ class Admission:
     def _open(self, sample: Sample, num_promised: int, grants: Grants) -> int:  # noqa: ARG002 - same shape as _swap_in
         """Make a row for a waiting sample; returns its first position to compute, or -1 if blocks are short."""
         memory = self._memory
-        num_hit = memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
-        hit_blocks = memory.hit_blocks(sample.content, num_hit)
+        hit_blocks = self._hit_blocks(sample)
+        num_hit = len(hit_blocks)
         num_needed = cdiv(sample.num_known, memory.block_size) - num_hit + num_promised
         if not self._fits(num_needed + num_hit) and not self._fits(
             num_needed + memory.pool.num_evictable_among(hit_blocks)
@@ -172,6 +171,12 @@ class Admission:
             return -1
         sample.row = memory.open(sample.content, sample.num_known, hit_blocks)
         return num_hit * memory.block_size
+
+    def _hit_blocks(self, sample: Sample) -> BlockIds:
+        """Blocks of the prefix cache with which a waiting sample would begin, none if it does not read it. O(hits)."""
+        memory = self._memory
+        num_hit = memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
+        return memory.hit_blocks(sample.content, num_hit)
 
     def _swap_in(self, sample: Sample, num_promised: int, grants: Grants) -> int:
         """Bring a swapped sample back; returns its first position to compute, or -1 if blocks are short."""

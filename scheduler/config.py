@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagedkv.arrays import as_int, shown
+from pagedkv.arrays import keep_int, shown
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
 __all__ = ["SchedulerConfig"]
@@ -49,14 +49,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         try:
-            as_int("max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
-            as_int("max_num_running", self.max_num_running, at_least=1, at_most=MAX_RUNNING)
+            keep_int(self, "max_num_batched_tokens", at_least=1, at_most=MAX_BATCHED_TOKENS)
+            keep_int(self, "max_num_running", at_least=1, at_most=MAX_RUNNING)
             if self.long_prefill_tokens is not None:
-                as_int("long_prefill_tokens", self.long_prefill_tokens, at_least=1, at_most=MAX_BATCHED_TOKENS)
-            as_int("admission_interval", self.admission_interval, at_least=1, at_most=MAX_INTERVAL)
-            as_int("max_bypasses", self.max_bypasses, at_least=0, at_most=1000)
-            as_int("max_preemptions", self.max_preemptions, at_least=1, at_most=MAX_PREEMPTIONS)
-            as_int("max_num_waiting", self.max_num_waiting, at_least=1, at_most=MAX_WAITING)
+                keep_int(self, "long_prefill_tokens", at_least=1, at_most=MAX_BATCHED_TOKENS)
+            keep_int(self, "admission_interval", at_least=1, at_most=MAX_INTERVAL)
+            keep_int(self, "max_bypasses", at_least=0, at_most=1000)
+            keep_int(self, "max_preemptions", at_least=1, at_most=MAX_PREEMPTIONS)
+            keep_int(self, "max_num_waiting", at_least=1, at_most=MAX_WAITING)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if self.max_num_running > self.max_num_batched_tokens:

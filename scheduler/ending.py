@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain, compress
-
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.arrays import Rows
 from pagedkv.row_memory import RowMemory
@@ -25,39 +24,41 @@ def ended_samples(
     """Samples that end with these new tokens, already known: stopped ones first, then those that have all theirs.
 
     `computed_rows` are the rows of the step, in which samples that want no token may have ended. O(rows) array
-    operations, and Python-level work for each row while samples with stop tokens are live.
+    operations, and Python-level work for rows that end, or whose last token may be a stop token of some live sample.
     """
-    finished = _at_length(memory, running, new.rows)
-    if new.stopped is not None or (kinds.num_with_stops and new.token_ids is not None):
-        stopped = _stopped(running, new)
-        finished = stopped + [entry for entry in finished if not any(entry[0] is sample for sample, _ in stopped)]
+    rows = new.rows
+    ends = memory.sequences.num_known[rows] >= running.max_tokens[rows]
+    finished: Ended = []
+    stops = _stops(running, kinds, new)
+    if stops is not None:
+        finished = _told(running, rows[stops], FinishReason.STOP)
+        ends &= ~stops
+    ending = ends.nonzero()[0]
+    if len(ending):
+        finished += _told(running, rows[ending], FinishReason.LENGTH)
     if kinds.num_prefill_only:
         finished += _prefilled(memory, running, computed_rows)
     return finished
 
 
-def _at_length(memory: RowMemory, running: RunningRows, rows: Rows) -> Ended:
-    """Samples of these rows that have all their tokens. O(rows) array operations."""
-    ending = (memory.sequences.num_known[rows] >= running.max_tokens[rows]).nonzero()[0]
-    if not len(ending):
-        return []
-    return [(sample, FinishReason.LENGTH.value) for sample in running.samples[rows[ending]].tolist()]
+def _told(running: RunningRows, rows: Rows, reason: FinishReason) -> Ended:
+    return [(sample, reason.value) for sample in running.samples[rows].tolist()]
 
 
-def _stopped(running: RunningRows, new: NewTokens) -> Ended:
-    """Samples that the engine ends, or whose last new token is one that ends them. O(rows)."""
-    samples = running.samples[new.rows].tolist()
-    last_token_ids = new.last_token_ids
-    stopped = [] if last_token_ids is None else _at_stop_token(samples, last_token_ids.tolist())
-    if new.stopped is not None:
-        flagged = list(compress(samples, new.stopped.tolist()))
-        stopped = [sample for sample in samples if any(sample is other for other in chain(flagged, stopped))]
-    return [(sample, FinishReason.STOP.value) for sample in stopped]
-
-
-def _at_stop_token(samples: list[Sample], token_ids: list[int]) -> list[Sample]:
-    """Samples of which the last new token is one that ends them."""
-    return [sample for sample, token in zip(samples, token_ids, strict=True) if token in sample.request.stop_token_ids]
+def _stops(running: RunningRows, kinds: LiveKinds, new: NewTokens) -> NDArray[np.bool_] | None:
+    """(s,) bool: rows that the engine ends, or whose last new token is one that ends them. None if no row is. O(rows)."""
+    stops = new.stopped
+    token_ids = new.last_token_ids if kinds.num_with_stops else None
+    if token_ids is None:
+        return stops
+    places = kinds.places_of_stops(token_ids)
+    if not len(places):
+        return stops
+    samples, tokens = running.samples[new.rows[places]].tolist(), token_ids[places].tolist()
+    at_stop = [token in sample.request.stop_token_ids for sample, token in zip(samples, tokens, strict=True)]
+    stops = np.zeros(len(token_ids), np.bool_) if stops is None else stops.copy()
+    stops[places] |= at_stop
+    return stops
 
 
 def _prefilled(memory: RowMemory, running: RunningRows, rows: Rows) -> Ended:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, shown
+from pagedkv.arrays import Int32s, Rows, as_time, shown
 from pagedkv.block_keys import CacheIdentity, ExtraKey
 from pagedkv.config import CacheConfig
 from pagedkv.content import SimulatedPrompt
@@ -22,6 +22,7 @@ from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVErro
 from pagedkv.eviction import make_policy
 from pagedkv.manager import KVCacheManager, Prompt
 from pagedkv.scheduler.config import MAX_PREEMPTIONS, SchedulerConfig
+from pagedkv.scheduler.drafts import DraftCounters
 from pagedkv.scheduler.events import EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority
 from pagedkv.scheduler.outcome import StepOutcome
@@ -30,6 +31,7 @@ from pagedkv.scheduler.preemption import Cheaper, Recompute, Swap
 from pagedkv.scheduler.request import Request
 from pagedkv.scheduler.scheduler import Scheduler
 from pagedkv.scheduler.step_events import StepEvents
+from pagedkv.statistics import PrefixCounters
 
 __all__ = ["Recorder", "RecordingError", "replay_recording"]
 
@@ -47,12 +49,17 @@ class RecordingError(PagedKVError, ValueError):
 
 
 class Recorder:
-    """A scheduler that writes down what is asked of it. Use it in the scheduler's place.
+    """A scheduler that writes down what is asked of it. Use it in the scheduler's place, for all but leaps.
 
-    Calls that raise are recorded too, since a refused request is a decision. About 5 us a step, plus the tokens.
+    Calls that raise are recorded too, since a refused request is a decision; `schedule` only if it made a plan, which is in
+    flight even if a sink raised. Not recorded is a call at a time that is no number. About 5 us a step, plus the tokens.
+
+    Raises InvalidArgumentError for a scheduler that was used before, or whose memory was: what came of that is not in the
+    recording, and later decisions depend on it.
     """
 
     def __init__(self, scheduler: Scheduler, file: TextIO) -> None:
+        _check_unused(scheduler)
         self.scheduler = scheduler
         self._file = file
         header = {
@@ -71,40 +78,107 @@ class Recorder:
 
     def add(self, request: Request, now: float) -> None:
         """As Scheduler.add."""
+        now = as_time(now)
         self._write({"call": "add", "now": now, "request": _encode_request(request)})
         self.scheduler.add(request, now)
 
     def abort(self, request_id: str, now: float) -> None:
         """As Scheduler.abort."""
+        now = as_time(now)
         self._write({"call": "abort", "now": now, "request_id": request_id})
         self.scheduler.abort(request_id, now)
 
     def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
         """As Scheduler.schedule; the record holds the drafts, and a digest of the plan."""
-        plan = self.scheduler.schedule(now, drafts)
-        guesses = (
-            {"drafts": [[int(row), _plain(tokens)] for row, tokens in drafts.items()]} if drafts is not None else {}
-        )
-        self._write({"call": "schedule", "now": now, **guesses, "plan": _digest(plan)})
-        return plan
+        now = as_time(now)
+        before = self.in_flight
+        try:
+            return self.scheduler.schedule(now, drafts)
+        finally:
+            plan = self.in_flight
+            if plan is not None and plan is not before:
+                self._write({"call": "schedule", "now": now, **_encode_drafts(drafts), "plan": _digest(plan)})
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """As Scheduler.update."""
+        now = as_time(now)
         self._write({"call": "update", "now": now, **_encode_outcome(outcome)})
         return self.scheduler.update(plan, outcome, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """As Scheduler.fail."""
+        now = as_time(now)
         self._write({"call": "fail", "now": now, "reason": reason})
         self.scheduler.fail(plan, now, reason)
+
+    # Looking changes nothing, so it is not recorded
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """As Scheduler.config."""
+        return self.scheduler.config
+
+    @property
+    def manager(self) -> KVCacheManager:
+        """As Scheduler.manager."""
+        return self.scheduler.manager
+
+    @property
+    def in_flight(self) -> StepPlan | None:
+        """As Scheduler.in_flight."""
+        return self.scheduler.in_flight
 
     @property
     def has_work(self) -> bool:
         """As Scheduler.has_work."""
         return self.scheduler.has_work
 
+    @property
+    def num_running(self) -> int:
+        """As Scheduler.num_running."""
+        return self.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """As Scheduler.num_waiting."""
+        return self.scheduler.num_waiting
+
+    @property
+    def draft_counters(self) -> DraftCounters:
+        """As Scheduler.draft_counters."""
+        return self.scheduler.draft_counters
+
+    @property
+    def running_rows(self) -> Rows:
+        """As Scheduler.running_rows."""
+        return self.scheduler.running_rows
+
+    @property
+    def block_tables(self) -> Int32s:
+        """As Scheduler.block_tables."""
+        return self.scheduler.block_tables
+
+    def outputs(self, request_id: str) -> dict[int, Int32s]:
+        """As Scheduler.outputs."""
+        return self.scheduler.outputs(request_id)
+
+    def check_invariants(self) -> None:
+        """As Scheduler.check_invariants."""
+        self.scheduler.check_invariants()
+
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def _check_unused(scheduler: Scheduler) -> None:
+    """Raise InvalidArgumentError unless neither the scheduler nor its memory has served anybody."""
+    memory = scheduler.manager.memory
+    memory_is_unused = memory.pool.num_free == memory.pool.num_blocks and memory.counters == PrefixCounters()
+    if scheduler.has_begun or not memory_is_unused:
+        raise InvalidArgumentError(
+            "a recording begins with a scheduler that has taken no request and planned no step, over a memory that has "
+            "held nothing: later decisions depend on what they did before"
+        )
 
 
 def replay_recording(
@@ -178,6 +252,11 @@ def _digest(plan: StepPlan) -> str:
         digest.update(plan.drafts.num_tokens.astype("<i8").tobytes() + plan.drafts.token_ids.astype("<i4").tobytes())
     digest.update(b"|".join(pair.sources.tobytes() + b">" + pair.targets.tobytes() for pair in pairs))
     return digest.hexdigest()[:16]
+
+
+def _encode_drafts(drafts: Mapping[int, Sequence[int] | Int32s] | None) -> dict[str, Any]:
+    """The drafts of a schedule, as pairs of a row and its tokens; nothing where none were given."""
+    return {} if drafts is None else {"drafts": [[int(row), _plain(tokens)] for row, tokens in drafts.items()]}
 
 
 def _encode_outcome(outcome: StepOutcome | Sequence[int] | Int32s | None) -> dict[str, Any]:
@@ -255,7 +334,7 @@ def _encode_request(request: Request) -> dict[str, Any]:
         for field in dataclasses.fields(request)
         if field.name not in ("prompt", "salt", "extras", "stop_token_ids")
     }
-    stops = sorted(int(token) for token in request.stop_token_ids)
+    stops = sorted(request.stop_token_ids)
     return {**plain, "prompt": encoded, "salt": request.salt.hex(), "extras": extras, "stop_token_ids": stops}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pagedkv.arrays import MAX_TOKEN_ID, as_int, shown
+from pagedkv.arrays import MAX_TOKEN_ID, as_int, keep_int, shown
 from pagedkv.block_keys import ExtraKey, as_extras, check_adapter, check_salt
 from pagedkv.content import MAX_TOKENS
 from pagedkv.errors import InvalidArgumentError
@@ -36,6 +36,7 @@ class Request:
     `prompt` is token ids, or a SimulatedPrompt. `max_new_tokens` may be 0: then the prompt is computed and nothing is
     sampled. `n` samples share the prompt's blocks. `priority` counts for policies that look at it: lower goes first.
     `reads_cache=False` computes the whole prompt (for log-probabilities of prompt tokens) but leaves its blocks to others.
+    `stop_token_ids` are kept as a frozenset.
     """
 
     request_id: str
@@ -53,8 +54,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id or len(self.request_id) > MAX_ID_BYTES:
             raise InvalidArgumentError(f"request_id must be a str of 1 to {MAX_ID_BYTES} characters")
-        as_int("max_new_tokens", self.max_new_tokens, at_least=0, at_most=MAX_TOKENS)
-        as_int("n", self.n, at_least=1, at_most=MAX_SAMPLES)
+        keep_int(self, "max_new_tokens", at_least=0, at_most=MAX_TOKENS)
+        keep_int(self, "n", at_least=1, at_most=MAX_SAMPLES)
         if (
             isinstance(self.priority, bool)
             or not isinstance(self.priority, int | float)
@@ -84,5 +85,6 @@ class Request:
             num_stops = MAX_STOP_TOKENS + 1
         if num_stops > MAX_STOP_TOKENS:
             raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {num_stops}")
-        for token_id in stops:
-            as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID)
+        # A set, and its own: looked at in many steps, in which the caller may change what it passed.
+        checked = (as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID) for token_id in stops)
+        object.__setattr__(self, "stop_token_ids", frozenset(checked))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, shown
+from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, as_time, shown
 from pagedkv.config import require_object
 from pagedkv.errors import ConfigError, DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
@@ -37,14 +36,6 @@ from pagedkv.scheduler.waiting_queue import WaitingQueue
 __all__ = ["Scheduler"]
 
 CHANGING_VERBS = ("add", "abort", "schedule", "update", "fail", "leap")
-NUMBERS = (float, int, np.integer, np.floating)
-
-
-def _require_time(now: float) -> None:
-    """Raise InvalidArgumentError unless `now` is a finite number: places in the queue and event logs depend on it."""
-    # Written so that NaN, which compares false with everything, and whole numbers beyond floats are refused as well.
-    if not isinstance(now, NUMBERS) or not abs(now) <= sys.float_info.max:
-        raise InvalidArgumentError(f"now must be a finite number of seconds, found {shown(now)}")
 
 
 class Scheduler:
@@ -134,7 +125,7 @@ class Scheduler:
         Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError with the arithmetic if it can never fit, and
         QueueFullError if as many wait as may.
         """
-        _require_time(now)
+        now = as_time(now)
         request_id = request.request_id
         if request_id in self._live:
             raise DuplicateIdError(f"request {shown(request_id)} is live already")
@@ -170,7 +161,7 @@ class Scheduler:
 
     def abort(self, request_id: str, now: float) -> None:
         """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks)."""
-        _require_time(now)
+        now = as_time(now)
         samples = self._live.pop(request_id, None) if isinstance(request_id, str) else None
         if samples is None:
             raise UnknownIdError(f"no live request {shown(request_id)}")
@@ -223,7 +214,7 @@ class Scheduler:
         changes then. Whatever else is raised while the step is planned, by a policy or for want of memory, the step counts
         as failed: what it gave is taken back, preempted requests wait, and the next call plans anew.
         """
-        _require_time(now)
+        now = as_time(now)
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
         guesses = None if drafts is None else self._drafting.check(drafts)
@@ -245,10 +236,11 @@ class Scheduler:
         """Take the tokens sampled for `plan.sampling_rows`, in that order; None if all prompts are simulated.
 
         Plain tokens are one for each row; a StepOutcome tells of several for a row, and of rows that the engine ends.
-        O(sampled) array operations; Python-level work only for rows that fill a block or end.
+        O(sampled) array operations; Python-level work only for rows that fill a block or end, or that get what may be a
+        stop token of some live sample.
         Raises StalePlanError for a plan that is not in flight, InvalidArgumentError for wrong tokens; nothing changes then.
         """
-        _require_time(now)
+        now = as_time(now)
         self._check_in_flight(plan)
         new = checked_outcome(plan, outcome, needs_token_ids=self._kinds.num_with_tokens > 0)
         ended = self._close_plan(plan)
@@ -273,7 +265,7 @@ class Scheduler:
         Names that the step gave are forgotten, slots taken back; samples whose blocks were to be moved by the step start
         over from what is sure to be on the device.
         """
-        _require_time(now)
+        now = as_time(now)
         self._check_in_flight(plan)
         self._close_plan(plan)
         self._take_back([seat.row for seat in plan.admitted], now, reason, step=plan.step)
@@ -307,8 +299,8 @@ class Scheduler:
         """
         if self.in_flight is not None:
             raise StalePlanError(f"step {self.in_flight.step} is in flight: update it or fail it first")
-        _require_time(now)
-        as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
+        now = as_time(now)
+        num_steps = as_int("num_steps", num_steps, at_least=1, at_most=MAX_TOKENS)
         rows = self._running.rows.copy()
         used = self._memory.leaps.append(rows, num_steps).cumsum()
         used += self._memory.pool.num_used - used[-1]
@@ -316,6 +308,11 @@ class Scheduler:
         return self._collect(rows, NewTokens(rows, None), now), used
 
     # Looking
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has taken a request or planned a step. O(1)."""
+        return self._num_added > 0 or self._step > 0
 
     @property
     def has_work(self) -> bool:
@@ -349,9 +346,9 @@ class Scheduler:
 
     def outputs(self, request_id: str) -> dict[int, Int32s]:
         """New tokens so far of each live sample of a request, by sample index. O(tokens). Raises UnknownIdError."""
-        samples = self._live.get(request_id)
+        samples = self._live.get(request_id) if isinstance(request_id, str) else None
         if samples is None:
-            raise UnknownIdError(f"no live request {request_id!r}")
+            raise UnknownIdError(f"no live request {shown(request_id)}")
         for sample in samples:
             if sample.row >= 0:
                 self._memory.tokens.sync(sample.row)

@@ -84,6 +84,8 @@ def _serve(pool: BlockPool, cache: PrefixCache, keys: list[Key]) -> int | None:
     num_keys = len(keys)
     num_hit = cache.num_resident(keys, num_keys)
     hits = cache.blocks(keys, num_hit)
+    if len(hits) < num_hit:
+        return None
     if num_hit:
         pool.acquire(hits)
     num_new = min(num_keys - num_hit, pool.num_available)

@@ -8,10 +8,10 @@ from typing import Self
 
 import numpy as np
 
-from pagedkv.arrays import BlockIds, as_int
+from pagedkv.arrays import MAX_NUM_BLOCKS, BlockIds, as_int
 from pagedkv.block_keys import Key
 from pagedkv.errors import InvariantViolation
-from pagedkv.eviction.prefix_tree import MAX_NUM_BLOCKS, PrefixTree
+from pagedkv.eviction.prefix_tree import PrefixTree
 
 __all__ = ["LeafFirst"]
 

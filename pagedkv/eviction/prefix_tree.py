@@ -7,10 +7,7 @@ import numpy as np
 from pagedkv.arrays import BlockIds, Int32s
 from pagedkv.errors import InvariantViolation
 
-__all__ = ["MAX_NUM_BLOCKS", "PrefixTree"]
-
-MAX_NUM_BLOCKS = 2**28
-"""Documented cap on the blocks of a policy, that of BlockPool."""
+__all__ = ["PrefixTree"]
 
 HELD = 2**30
 """Stands for "has a holder" in a block's blockers; no block has as many children."""

@@ -123,3 +123,9 @@ def test_a_search_that_does_not_fit_beside_what_runs_says_so_and_fits_later(mode
             llm.beam_search(PROMPTS[2], params)
     stream.close()
     assert len(llm.beam_search(PROMPTS[2], params)[0]) == 2
+
+
+def test_as_many_new_tokens_may_be_asked_for_as_a_sequence_has_at_most() -> None:
+    assert BeamSearchParams(max_tokens=2**26).max_tokens == 2**26
+    with pytest.raises(InvalidArgumentError, match=r"max_tokens must be in 1\.\.67108864"):
+        BeamSearchParams(max_tokens=2**26 + 1)

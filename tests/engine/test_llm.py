@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,19 @@ from pagedkv.scheduler import RequestTooLargeError
 
 PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture
+def no_meminfo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that does not tell its available memory, as any but Linux."""
+    read_text = Path.read_text
+
+    def read(path: Path, *args: Any, **options: Any) -> str:
+        if path.parts[:2] == ("/", "proc"):
+            raise FileNotFoundError(path)
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +238,21 @@ def test_memory_that_is_not_there_is_refused_with_the_arithmetic(model: Any) -> 
         make_llm(model, num_blocks=None, kv_memory="4 gigs")
     with pytest.raises(ConfigError, match="say the same thing twice"):
         make_llm(model, kv_memory="1MiB")
+
+
+@pytest.mark.usefixtures("no_meminfo")
+@pytest.mark.parametrize("kv_memory", [4 * 2048, "8KiB"])
+def test_memory_in_bytes_is_granted_where_the_system_does_not_tell_what_is_there(model: Any, kv_memory: Any) -> None:
+    llm = make_llm(model, num_blocks=None, kv_memory=kv_memory)
+
+    assert llm.engine.scheduler.manager.config.num_blocks == 4
+
+
+@pytest.mark.usefixtures("no_meminfo")
+@pytest.mark.parametrize("kv_memory", [None, 0.5])
+def test_a_share_of_memory_that_the_system_does_not_tell_is_refused(model: Any, kv_memory: float | None) -> None:
+    with pytest.raises(MemoryBudgetError, match="cannot be read on this system: give num_blocks or kv_memory in bytes"):
+        make_llm(model, num_blocks=None, kv_memory=kv_memory)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "int4"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,14 @@ PUBLISHED = [
 def test_bytes_per_token_are_those_that_were_published(model: str, spec: KVSpec, published: int) -> None:
     assert spec.bytes_per_token == published
     assert spec.bytes_per_block == published * spec.block_size
+
+
+def test_a_shape_of_numpys_numbers_is_kept_as_plain_ones() -> None:
+    spec = KVSpec(np.int64(2), np.int32(1), np.int64(8), block_size=np.int64(4))
+
+    shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.value_dim, spec.block_size)
+    assert shape == (2, 1, 8, 8, 4)
+    assert {type(number) for number in shape} == {int}
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,15 @@ def test_one_token_more_than_fits_is_a_shortage_and_changes_nothing() -> None:
     assert digest(manager) == before
 
 
+def test_a_shortage_counts_the_copy_on_write_and_the_new_blocks() -> None:
+    manager = KVCacheManager(CacheConfig(num_blocks=2, block_size=2))
+    manager.open("a", [1, 2, 3, 4, 5])
+    manager.append("a", 1)
+    manager.fork("a", "b")
+    with pytest.raises(OutOfBlocksError, match="3 blocks requested, 1 can be had"):
+        manager.append("a", 4)  # The shared block anew, and two more.
+
+
 def test_a_copy_on_write_that_finds_no_block_is_a_shortage_of_one() -> None:
     manager = KVCacheManager(CacheConfig(num_blocks=1, block_size=2))
     manager.open("a", [1, 2])

@@ -11,7 +11,9 @@ from pagedkv import (
     ExtraKey,
     InvalidArgumentError,
     KVCacheManager,
+    SimulatedPrompt,
 )
+from pagedkv.eviction import make_policy
 
 
 def test_two_models_in_one_process_have_different_keys() -> None:
@@ -30,6 +32,36 @@ def test_a_hit_leaves_at_least_one_token_to_compute(manager: KVCacheManager) -> 
     assert manager.open("exactly", [1, 2, 3, 4]) == 2
     assert manager.open("one more", [1, 2, 3, 4, 5]) == 4
     assert manager.open("shorter", [1, 2]) == 0
+
+
+@pytest.mark.parametrize(("ids", "num_tokens"), [([1, 9, 3], 2), ([1, 2, 3], 6), ([9, 2, 3], 0)])
+def test_a_hit_ends_where_simulated_ids_contradict_each_other(ids: list[int], num_tokens: int) -> None:
+    manager = KVCacheManager(CacheConfig(8, 2))
+    manager.open("a", SimulatedPrompt(7, [1, 2, 3], 2))
+    manager.append("a", 7)
+
+    with manager.lookup(SimulatedPrompt(7, ids, 2)) as hit:
+        assert hit.num_tokens == num_tokens
+    assert manager.open("b", SimulatedPrompt(7, ids, 2)) == num_tokens
+    manager.append("b", 7 - num_tokens)
+    manager.check_invariants()
+
+
+@pytest.mark.parametrize("ids", [[1, 9, 3], [9, 3, 4], [3, 4, 5]])
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "s3-fifo", "sieve"])
+def test_ids_that_contradict_two_prompts_break_no_policy(eviction: str, ids: list[int]) -> None:
+    manager = KVCacheManager(CacheConfig(8, 2), eviction=make_policy(eviction, 8), check="full")
+    for name, known in (("a", [1, 2, 3]), ("b", [1, 9, 8])):
+        hit = manager.open(name, SimulatedPrompt(7, known, 2))
+        manager.append(name, 7 - hit)
+        manager.close(name)
+
+    manager.append("c", 7 - manager.open("c", SimulatedPrompt(7, ids, 2)))  # Ids of both, all resident in part.
+    manager.open("d", SimulatedPrompt(9))
+    manager.append("d", 8)
+    manager.close("c")
+
+    manager.check_invariants()
 
 
 def test_a_partly_filled_block_is_never_hit(manager: KVCacheManager) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, UnknownIdError
+from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, SimulatedPrompt, UnknownIdError
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
 
@@ -65,6 +65,17 @@ def test_without_chunks_a_prompt_that_fits_the_rest_of_the_budget_exactly_is_adm
     assert planned(scheduler.schedule(0.0)) == {"one": 1, "five": 5}
 
 
+def test_without_chunks_a_prompt_that_reads_no_cache_is_admitted_only_whole() -> None:
+    scheduler = make_scheduler(budget=6, chunked_prefill=False)
+    scheduler.add(Request("warm", [1, 2, 3, 4, 5, 6], 1), 0.0)
+    step(scheduler)
+    scheduler.add(Request("a", [11, 12], 4), 0.0)
+    scheduler.add(Request("b", [1, 2, 3, 4, 5], 2, reads_cache=False), 0.0)
+
+    assert planned(step(scheduler)) == {"a": 2}  # "b" has five tokens to compute, and four are left.
+    assert planned(step(scheduler)) == {"b": 5}
+
+
 def test_a_swapped_request_that_does_not_fit_waits_on_the_host(swapped: Scheduler) -> None:
     plan = step(swapped)
 
@@ -103,6 +114,8 @@ def test_blocks_that_are_not_there_for_a_swap_in_are_our_bug(
 def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
     with pytest.raises(UnknownIdError, match="no live request 'gone'"):
         make_scheduler().outputs("gone")
+    with pytest.raises(UnknownIdError, match=r"no live request \[1\]"):
+        make_scheduler().outputs([1])
 
 
 def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
@@ -189,3 +202,17 @@ def test_a_tie_between_the_modes_is_recomputed_and_costs_may_be_nothing() -> Non
     assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=1.0).choose(5, 2) is PreemptionMode.SWAP
     assert Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.SWAP
     assert Cheaper(prefill_s_per_token=0.0, transfer_s_per_block=0.0).choose(1, 2) is PreemptionMode.RECOMPUTE
+
+
+def test_a_request_whose_ids_contradict_those_of_others_is_served_with_a_shorter_hit() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(Request("a", SimulatedPrompt(7, [1, 2, 3], 2), 1), 0.0)
+    scheduler.update(scheduler.schedule(0.0), None, 0.0)
+    scheduler.add(Request("b", SimulatedPrompt(7, [1, 9, 3], 2), 1), 0.0)
+
+    plan = scheduler.schedule(0.0)
+    scheduler.update(plan, None, 0.0)
+
+    assert (plan.starts.tolist(), plan.num_tokens.tolist()) == ([2], [5])
+    assert not scheduler.has_work
+    scheduler.check_invariants()

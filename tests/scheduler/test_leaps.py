@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pagedkv import CacheConfig, InvalidArgumentError, KVCacheManager, SimulatedPrompt, StalePlanError
@@ -55,6 +56,12 @@ def test_a_leap_counts_as_its_steps(scheduler: Scheduler) -> None:
     scheduler.leap(3, 5.0)
 
     assert scheduler.schedule(5.0).step == 4
+
+
+def test_the_steps_of_a_leap_may_be_a_number_of_numpy(scheduler: Scheduler) -> None:
+    scheduler.leap(np.int64(3), 5.0)
+
+    assert type(scheduler.schedule(5.0).step) is int
 
 
 def test_after_a_leap_that_ended_a_sample_the_others_go_on_without_a_plan(scheduler: Scheduler) -> None:

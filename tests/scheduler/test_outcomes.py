@@ -72,6 +72,44 @@ def test_stopped_rows_and_stop_tokens_are_told_in_order_of_rows() -> None:
     assert ended(events) == [("a", 0, "stop"), ("b", 0, "stop")]
 
 
+def test_flags_of_stopped_rows_are_left_as_they_were_passed() -> None:
+    scheduler = make_scheduler(Request("a", [1], 9, stop_token_ids=[7]), Request("b", [2], 9))
+    flags = np.array([False, True])
+
+    events = scheduler.update(scheduler.schedule(0.0), StepOutcome([7, 7], stopped=flags), 0.0)
+
+    assert ended(events) == [("a", 0, "stop"), ("b", 0, "stop")]
+    assert flags.tolist() == [False, True]
+
+
+def test_stop_tokens_are_those_at_the_time_of_the_request() -> None:
+    stops = [7, 8, 7]
+    scheduler = make_scheduler(Request("a", [1], 9, stop_token_ids=stops), Request("b", [2], 9, stop_token_ids=(9,)))
+    stops[:] = [9]
+
+    events = scheduler.update(scheduler.schedule(0.0), [9, 8], 0.0)
+
+    assert ended(events) == []
+    assert ended(scheduler.update(scheduler.schedule(0.0), [7, 8], 0.0)) == [("a", 0, "stop")]
+
+
+def test_a_token_ends_no_sample_but_those_whose_stop_it_is() -> None:
+    scheduler = make_scheduler(Request("a", [1], 9, stop_token_ids=[7]), Request("b", [2], 9))
+
+    # 7 + 4096 is counted in the same bucket as 7, and 7 ends only "a".
+    events = scheduler.update(scheduler.schedule(0.0), [7 + 4096, 7], 0.0)
+
+    assert ended(events) == []
+
+
+def test_stop_tokens_end_a_sample_after_others_with_the_same_ones_are_gone() -> None:
+    a, b = (Request(name, [1], 9, stop_token_ids=[7, 2**31 - 1]) for name in "ab")
+    scheduler = make_scheduler(a, b)
+    scheduler.abort("a", 0.0)
+
+    assert ended(scheduler.update(scheduler.schedule(0.0), [2**31 - 1], 0.0)) == [("b", 0, "stop")]
+
+
 def test_a_simulated_row_can_be_stopped() -> None:
     scheduler = make_scheduler(Request("a", SimulatedPrompt(3), 5), Request("b", SimulatedPrompt(3), 5))
 

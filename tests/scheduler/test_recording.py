@@ -8,7 +8,15 @@ import json
 import numpy as np
 import pytest
 
-from pagedkv import CacheConfig, ExtraKey, InvariantViolation, KVCacheManager, SimulatedPrompt
+from pagedkv import (
+    CacheConfig,
+    ExtraKey,
+    InvalidArgumentError,
+    InvariantViolation,
+    KVCacheManager,
+    SimulatedPrompt,
+    StalePlanError,
+)
 from pagedkv.eviction import make_policy
 from pagedkv.scheduler import (
     FCFS,
@@ -26,6 +34,7 @@ from pagedkv.scheduler import (
     StepOutcome,
     replay_recording,
 )
+from pagedkv.scheduler.events import Admitted
 
 
 def record() -> tuple[list[str], str]:
@@ -224,6 +233,111 @@ def test_a_recording_of_before_there_was_a_bound_on_preemptions_replays_without_
 
     assert most > SchedulerConfig().max_preemptions
     assert len(list(replay_recording([json.dumps(header), *lines[1:]]))) == num_steps
+
+
+def test_a_recorder_shows_what_its_scheduler_shows() -> None:
+    scheduler = Scheduler(SchedulerConfig(32, 1), KVCacheManager(CacheConfig(8, 4)))
+    recorder = Recorder(scheduler, io.StringIO())
+    recorder.add(Request("a", [1, 2, 3], 9), 0.0)
+    recorder.add(Request("b", [4], 9), 0.0)
+    recorder.update(recorder.schedule(0.0), [7], 0.0)
+    plan = recorder.schedule(0.0)
+
+    assert (recorder.num_running, recorder.num_waiting, recorder.has_work) == (1, 1, True)
+    assert recorder.in_flight is plan
+    assert recorder.running_rows.tolist() == [0]
+    assert recorder.block_tables[0, 0] == 0
+    assert recorder.outputs("a")[0].tolist() == [7]
+    assert recorder.manager is scheduler.manager
+    assert recorder.config is scheduler.config
+    assert recorder.draft_counters is scheduler.draft_counters
+    recorder.check_invariants()
+
+
+def test_a_plan_whose_events_a_sink_refused_is_recorded() -> None:
+    class Full:
+        def emit(self, event: object) -> None:
+            if isinstance(event, Admitted):
+                raise OSError("the disk is full")
+
+    recording = io.StringIO()
+    scheduler = Recorder(Scheduler(SchedulerConfig(32, 4), KVCacheManager(CacheConfig(8)), sink=Full()), recording)
+    scheduler.add(Request("a", [1, 2, 3], 2), 0.0)
+    with pytest.raises(OSError, match="the disk is full"):
+        scheduler.schedule(0.0)
+    with pytest.raises(StalePlanError):
+        scheduler.schedule(0.0)
+    scheduler.update(scheduler.in_flight, [7], 0.0)
+    scheduler.update(scheduler.schedule(0.0), [8], 0.0)
+
+    plans = list(replay_recording(recording.getvalue().splitlines()))
+
+    assert [plan.num_tokens.tolist() for plan in plans] == [[3], [1]]
+
+
+def used_memory() -> KVCacheManager:
+    manager = KVCacheManager(CacheConfig(8, 4))
+    manager.open("x", [1, 2, 3])
+    manager.close("x")
+    return manager
+
+
+def filled_memory() -> KVCacheManager:
+    manager = KVCacheManager(CacheConfig(8, 4))
+    manager.memory.pool.allocate(1)
+    return manager
+
+
+def with_a_request() -> Scheduler:
+    scheduler = Scheduler(SchedulerConfig(), KVCacheManager(CacheConfig(8, 4)))
+    scheduler.add(Request("a", [1, 2, 3], 2), 0.0)
+    return scheduler
+
+
+def with_a_step() -> Scheduler:
+    scheduler = Scheduler(SchedulerConfig(), KVCacheManager(CacheConfig(8, 4)))
+    scheduler.update(scheduler.schedule(0.0), [], 0.0)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Scheduler(SchedulerConfig(), used_memory()),
+        lambda: Scheduler(SchedulerConfig(), filled_memory()),
+        with_a_request,
+        with_a_step,
+    ],
+    ids=["used memory", "filled memory", "a request", "a step"],
+)
+def test_what_was_used_before_it_is_recorded_is_refused(make) -> None:
+    recording = io.StringIO()
+
+    with pytest.raises(InvalidArgumentError, match="a recording begins with"):
+        Recorder(make(), recording)
+
+    assert recording.getvalue() == ""
+
+
+def test_numbers_of_numpy_are_logged_and_recorded_as_plain_ones() -> None:
+    log, recording = io.StringIO(), io.StringIO()
+    three, half = np.int64(3), np.float32(0.5)
+    manager = KVCacheManager(CacheConfig(np.int64(8), np.int32(4), np.int64(2)))
+    limits = SchedulerConfig(np.int64(32), np.int64(4), np.int64(8), max_bypasses=three, max_preemptions=three)
+    scheduler = Recorder(Scheduler(limits, manager, sink=EventLog(log)), recording)
+    extras = (ExtraKey(np.int64(0), np.int64(1), b"i"),)
+    stops = np.array([7, 9])
+    scheduler.add(Request("a", [1, 2], three, n=np.int64(2), extras=extras, stop_token_ids=(*stops,)), now=half)
+    scheduler.add(Request("b", SimulatedPrompt(np.int64(5), [1, 2], np.int64(4)), three), now=half)
+    scheduler.add(Request("c", SimulatedPrompt(5, (), np.int64(4)), 1), now=half)
+    scheduler.abort("c", now=half)
+    scheduler.fail(scheduler.schedule(now=half), now=half)
+    scheduler.update(scheduler.schedule(now=half), [7, 5, 6], now=half)
+    again = io.StringIO()
+
+    assert len(list(replay_recording(recording.getvalue().splitlines(), EventLog(again)))) == 2
+    assert again.getvalue() == log.getvalue()
+    assert '"time":0.5,' in log.getvalue()
 
 
 def test_a_bug_of_ours_is_raised_and_not_taken_for_a_call_that_failed_when_recorded(monkeypatch) -> None:

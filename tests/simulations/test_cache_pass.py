@@ -147,7 +147,7 @@ def test_the_outcome_names_its_policy(policy):
     assert replay_cache([], 4, policy).policy == policy.name
 
 
-@pytest.mark.parametrize("requests", [ids([1, 2, 1]), ids([1, 2], [3, 2])])
+@pytest.mark.parametrize("requests", [ids([1, 2, 1]), ids([1, 2], [3, 2]), ids([1, 2, 3], [1, 9, 3])])
 def test_ids_that_name_no_prefixes_are_refused(requests):
     with pytest.raises(InvalidArgumentError, match=f"request {len(requests) - 1}: an id is there twice, or follows"):
         replay_cache(requests, capacity=8)
