@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
-from pagedkv.engine.errors import ModelStepError
+from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.live_requests import LiveRequest, LiveSample, OnFinish, OnPiece
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.observers import Observers
-from pagedkv.engine.recovery import rows_that_raise
+from pagedkv.engine.recovery import Recovery
 from pagedkv.engine.row_columns import RowColumns
 from pagedkv.engine.sampling import Sampled, Sampler, seed_for
 from pagedkv.engine.sampling_params import SamplingParams
@@ -31,7 +31,6 @@ from pagedkv.storage import KVStorage
 
 __all__ = ["Engine"]
 
-T = TypeVar("T")
 NO_TOKENS = np.empty(0, np.int32)
 NOTHING_SAMPLED = Sampled(NO_TOKENS, None, {})
 
@@ -42,8 +41,9 @@ class Engine:
     It owns the clock and the tensors; the scheduler decides. A step costs a fixed number of array operations for all
     samples that nobody listens to, and Python-level work for those that stream, have stop strings or want logprobs.
 
-    An error in one request's sampling ends that request. If the model raises, the step is tried once more; if it raises
-    again, the requests for which it raises alone are ended with ModelStepError, and the others go on. One thread at a time.
+    An error in one request's sampling or text ends that request. If the model raises, the step is tried once more; if it
+    raises again, the requests for which it raises alone are ended with ModelStepError, and the others go on. One thread at
+    a time.
     """
 
     def __init__(
@@ -75,9 +75,8 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, LiveRequest] = {}
         self._rows = RowColumns()
-        self._has_failed = False
-        """Whether the last step failed."""
-        self._callback_errors: list[Exception] = []
+        self._recovery = Recovery(model, scheduler, self._rows)
+        self._callbacks = HeldErrors("callbacks")
 
     # Requests
 
@@ -138,7 +137,7 @@ class Engine:
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
         self._end_request(request_id, error)
-        self._raise_from_callbacks()
+        self._callbacks.raise_all()
 
     def _end_request(self, request_id: str, error: Exception | None) -> None:
         now = self._clock()
@@ -167,7 +166,7 @@ class Engine:
         for request_id in list(self._requests):
             self._end_request(request_id, None)
         self._observers.close()
-        self._raise_from_callbacks()
+        self._callbacks.raise_all()
 
     def metrics(self) -> MetricsSnapshot:
         """Counters, gauges and histograms as they are now. From any thread. O(buckets)."""
@@ -191,12 +190,12 @@ class Engine:
             sampled, counts = self._sample(plan, logits, computed)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
-            self._raise_from_callbacks()
+            self._callbacks.raise_all()
             return
         except BaseException:
             self.scheduler.fail(plan, self._clock(), "interrupted")
             raise
-        self._has_failed = False
+        self._recovery.step_succeeded()
         rows = plan.sampling_rows
         self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
         touched, outcome = self._tell(rows, sampled, counts)
@@ -205,7 +204,7 @@ class Engine:
         self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
-        self._raise_from_callbacks()
+        self._callbacks.raise_all()
 
     def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> tuple[Sampled, Int64s | None]:
         """Choose the next tokens, packed by sampling row, and how many each row got; None: one each.
@@ -218,7 +217,9 @@ class Engine:
         num_outputs = lengths - self._rows.num_prompt[rows]
         sampled = self._sampler.sample(logits, rows, num_outputs)
         for row in rows[num_outputs == 0].tolist():
-            self._rows.samples[row].first_token_s = now
+            sample = self._rows.samples[row]
+            if sample is not None:
+                sample.first_token_s = now
         if plan.drafts is None:
             return sampled, None
         accepted = accept_drafts(sampled.token_ids, plan.drafts.token_ids, plan.drafts.num_tokens)
@@ -227,9 +228,9 @@ class Engine:
     def _end_unsampled(self, rows: Rows, sampled: Sampled) -> None:
         """End the requests for which no token could be chosen; `rows` are those of the tokens."""
         for idx, error in sampled.errors.items():
-            request_id = self._rows.samples[rows[idx]].request.request_id
-            if request_id in self._requests:
-                self._end_request(request_id, error)
+            sample = self._rows.samples[rows[idx]]
+            if sample is not None:  # Otherwise it ended with another sample of its request.
+                self._end_request(sample.request.request_id, error)
 
     def _tell(
         self, rows: Rows, sampled: Sampled, counts: Int64s | None
@@ -246,8 +247,8 @@ class Engine:
         kept = np.ones(len(rows), np.int64) if counts is None else counts
         firsts = kept.cumsum() - kept
         for idx in listening.tolist():
-            sample: LiveSample = self._rows.samples[rows[idx]]
-            if sample.has_finished:
+            sample = self._rows.samples[rows[idx]]
+            if sample is None:
                 continue
             touched.append(sample)
             first = int(firsts[idx])
@@ -273,7 +274,8 @@ class Engine:
     # What comes of it
 
     def _collect(self, events: StepEvents, touched: list[LiveSample], now: float) -> None:
-        """Build the outputs of samples that ended, then hand out pieces."""
+        """Build the outputs of samples that ended, hand out pieces, then end the requests whose text failed."""
+        failed: list[LiveSample] = []
         for ended, reason in events.finished:
             live = self._requests[ended.request.request_id]
             sample = live.samples.get(ended.sample_idx)
@@ -281,33 +283,34 @@ class Engine:
                 sample = self._new_sample(live, ended.sample_idx)
             sample.num_preemptions = ended.num_preemptions
             self._finish_sample(sample, ended.output_token_ids, reason, now)
+            if sample.error is not None:
+                failed.append(sample)
         for sample in touched:
-            if sample.request.on_piece is not None and not sample.has_finished:
-                self._call(sample.request.on_piece, sample.take_piece())
+            if sample.has_finished:
+                continue
+            if sample.error is not None:
+                failed.append(sample)
+            elif sample.request.on_piece is not None:
+                self._callbacks.call(sample.request.on_piece, sample.take_piece())
+        for sample in failed:
+            if self._requests.get(sample.request.request_id) is sample.request:
+                self._end_request(sample.request.request_id, sample.error)
 
     def _finish_sample(self, sample: LiveSample, token_ids: Int32s, reason: str, now: float) -> None:
         live = sample.request
+        self._rows.release(sample)
         completion = live.completions[sample.index] = sample.finish(token_ids, reason)
+        if live.error is None:
+            live.error = sample.error
         self._observers.on_finish(sample, completion, now)
         if self._drafts is not None:
             self._drafts.end((live.request_id, sample.index))
         if live.on_piece is not None:
-            self._call(live.on_piece, replace(sample.take_piece(), finish_reason=reason, stop=completion.stop))
+            last = replace(sample.take_piece(), finish_reason=completion.finish_reason, stop=completion.stop)
+            self._callbacks.call(live.on_piece, last)
         if len(live.completions) == live.num_samples:
             del self._requests[live.request_id]
-            self._call(live.on_finish, live.output(now))
-
-    def _call(self, callback: Callable[[T], None], value: T) -> None:
-        """Hand something to a caller. What it raises waits until the others have theirs."""
-        try:
-            callback(value)
-        except Exception as error:  # noqa: BLE001 - a caller may raise anything; it must not take other requests along
-            self._callback_errors.append(error)
-
-    def _raise_from_callbacks(self) -> None:
-        if self._callback_errors:
-            errors, self._callback_errors = self._callback_errors, []
-            raise errors[0] if len(errors) == 1 else ExceptionGroup("callbacks raised", errors)
+            self._callbacks.call(live.on_finish, live.output(now))
 
     def _note_admission(self, event: Admitted) -> None:
         live = self._requests[event.request_id]
@@ -316,39 +319,39 @@ class Engine:
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """The step was not carried out: plan it again, or, if that was tried already, without the requests to blame."""
-        guilty: dict[int, Exception] = {}
-        if self._has_failed:
-            guilty = rows_that_raise(self.model, self.scheduler, plan) or {int(plan.rows[-1]): error}
-        self._has_failed = not guilty
+        guilty = self._recovery.blame(plan, error)
         self.scheduler.fail(plan, self._clock(), f"{type(error).__name__}: {error}")
-        for row, cause in guilty.items():
-            request_id = self._rows.samples[row].request.request_id
-            if request_id in self._requests:
-                failure = ModelStepError(f"the model raised {type(cause).__name__} in request {request_id!r}: {cause}")
-                failure.__cause__ = cause
-                self._end_request(request_id, failure)
+        for live, failure in guilty:
+            self._end_request(live.request_id, failure)
 
     # Rows
 
-    def _seat(self, seats: Iterable[Seat]) -> None:
+    def _seat(self, seats: Sequence[Seat]) -> None:
+        seated: list[LiveSample] = []
+        # All of them first: whoever is to blame for what is raised below is found by row.
         for row, request_id, sample_idx in seats:
             live = self._requests[request_id]
-            sample = live.samples.get(sample_idx) or self._new_sample(live, sample_idx)
-            self._rows.seat(row, sample)
-            params = live.params
-            self._sampler.seat(
-                row,
-                params,
-                seed=seed_for(live.seed, sample_idx),
-                num_prompt=len(live.prompt_token_ids),
-                known_token_ids=self._known_tokens(row) if params.needs_history else NO_TOKENS,
-                end_token_ids=self._ends_of(params),
-            )
-            if self._drafts is not None:
-                # What a penalty does to a token depends on those before it, so such samples are not guessed for.
-                max_length = 0 if params.needs_history else len(live.prompt_token_ids) + params.max_tokens
-                key = (request_id, sample_idx)
-                self._drafts.seat(row, key, self._known_tokens(row), max_length=max_length, salt=live.salt)
+            seated.append(live.samples.get(sample_idx) or self._new_sample(live, sample_idx))
+            self._rows.seat(row, seated[-1])
+        for (row, _, _), sample in zip(seats, seated, strict=True):
+            self._prepare(row, sample)
+
+    def _prepare(self, row: int, sample: LiveSample) -> None:
+        """Have tokens sampled, and guessed, for what this row holds now."""
+        live, params = sample.request, sample.params
+        self._sampler.seat(
+            row,
+            params,
+            seed=seed_for(live.seed, sample.index),
+            num_prompt=len(live.prompt_token_ids),
+            known_token_ids=self._known_tokens(row) if params.needs_history else NO_TOKENS,
+            end_token_ids=self._ends_of(params),
+        )
+        if self._drafts is not None:
+            # What a penalty does to a token depends on those before it, so such samples are not guessed for.
+            max_length = 0 if params.needs_history else len(live.prompt_token_ids) + params.max_tokens
+            key = (live.request_id, sample.index)
+            self._drafts.seat(row, key, self._known_tokens(row), max_length=max_length, salt=live.salt)
 
     def _known_tokens(self, row: int) -> Int32s:
         memory = self.scheduler.manager.memory
