@@ -90,6 +90,14 @@ class LiveSample:
             return False
         return self._take_text(self._decode((token_id,)))
 
+    def _take_all(self, token_ids: tuple[int, ...]) -> None:
+        """Take all tokens of one that did not listen, whose text is then decoded at one go."""
+        self.num_tokens = len(token_ids)
+        if token_ids and token_ids[-1] in self._end_token_ids and self.num_tokens > self.params.min_tokens:
+            self.stop = token_ids[-1]
+            token_ids = token_ids[:-1]
+        self._add_text(self._decode(token_ids))
+
     def _decode(self, token_ids: Iterable[int] | None) -> str:
         """Text that becomes final with these tokens, or, for None, because there are no more."""
         if self._tokenizer is None:
@@ -134,8 +142,7 @@ class LiveSample:
         self.has_finished = True
         tokens = tuple(token_ids.tolist())
         if not self.listens:
-            for token_id in tokens:
-                self.push(token_id, None)
+            self._take_all(tokens)
         if not isinstance(self.stop, str):
             rest = self._decode(None)
             if self._stop_strings is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import VOCABULARY, make_model
+from tokenizers_for_tests import make_tokenizer
 
 from pagedkv import ConfigError, InvalidArgumentError
 from pagedkv.engine import (
@@ -135,6 +136,28 @@ def test_a_stream_yields_every_token_and_closing_it_early_frees_everything(model
 
     assert not llm.engine.has_work
     assert llm.engine.scheduler.manager.statistics().num_used == 0
+
+
+def test_a_text_that_nobody_streams_is_decoded_in_a_few_calls_and_is_the_streamed_one(model: Any) -> None:
+    tokenizer = make_tokenizer()
+    params = SamplingParams(max_tokens=40, seed=3)
+    streamed = "".join(piece.text for piece in make_llm(model, tokenizer=tokenizer).stream(PROMPTS[0], params))
+    num_calls = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def decode(self, *arguments: Any, **options: Any) -> str:
+            nonlocal num_calls
+            num_calls += 1
+            return tokenizer.decode(*arguments, **options)
+
+    output = make_llm(model, tokenizer=Counting()).generate(PROMPTS[0], params)[0]
+
+    assert len(output.token_ids) == 40
+    assert output.text == streamed
+    assert num_calls <= 12
 
 
 def test_two_streams_and_a_batch_run_in_the_same_steps(model: Any) -> None:
