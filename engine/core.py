@@ -130,8 +130,8 @@ class Engine:
             n=params.n,
         )
         self.scheduler.add(request, now)
-        self._observers.on_request(request, now)
         self._requests[request_id] = live
+        self._observers.on_request(request, now)
 
     @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
@@ -162,10 +162,13 @@ class Engine:
 
     @uninterrupted
     def close(self) -> None:
-        """Abort every live request and complete the files that are being written."""
+        """Abort every live request and complete the files that are being written.
+
+        Raises what callbacks raised, and the error with which such a file ended; everything is done by then.
+        """
         for request_id in list(self._requests):
             self._end_request(request_id, None)
-        self._observers.close()
+        self._callbacks.call(self._observers.close)
         self._callbacks.raise_all()
 
     def metrics(self) -> MetricsSnapshot:

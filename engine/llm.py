@@ -283,10 +283,13 @@ class LLM:
         return self.engine.metrics()
 
     def close(self) -> None:
-        """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing.
+
+        Raises the error with which writing a timeline or a record ended; the engine is closed all the same.
+        """
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def __enter__(self) -> LLM:
         return self
