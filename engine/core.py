@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,14 @@ class Engine:
         self._drafts = None if drafter is None else RowDrafts(drafter, scheduler, model.vocab_size)
         self.tokenizer = tokenizer
         self._observers = observers
-        observers.on_admitted = self._note_admission
+        self._requests: dict[str, LiveRequest] = {}
+        # Not a method: no cycle then keeps the K/V memory until the garbage collector comes by.
+        observers.on_admitted = partial(_note_admission, self._requests)
         observers.watch(scheduler)
         self.end_token_ids = tuple(end_token_ids)
         self._sampler = Sampler(model.vocab_size)
         self._seeds = np.random.default_rng(seed)
         self._clock = clock
-        self._requests: dict[str, LiveRequest] = {}
         self._rows = RowColumns()
         self._recovery = Recovery(model, scheduler, self._rows)
         self._callbacks = HeldErrors("callbacks")
@@ -313,12 +315,9 @@ class Engine:
             self._callbacks.call(live.on_piece, last)
         if len(live.completions) == live.num_samples:
             del self._requests[live.request_id]
-            self._callbacks.call(live.on_finish, live.output(now))
-
-    def _note_admission(self, event: Admitted) -> None:
-        live = self._requests[event.request_id]
-        live.admitted_s = event.time
-        live.num_cached_tokens = event.num_hit_tokens
+            output = live.output(now)
+            live.samples.clear()  # They refer back to it: what its callbacks hold is not to wait for the garbage collector.
+            self._callbacks.call(live.on_finish, output)
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """The step was not carried out: plan it again, or, if that was tried already, without the requests to blame."""
@@ -370,3 +369,9 @@ class Engine:
         """Tokens that end a sample of these parameters."""
         own = () if params.ignore_eos else self.end_token_ids
         return (*own, *params.stop_token_ids)
+
+
+def _note_admission(requests: dict[str, LiveRequest], event: Admitted) -> None:
+    live = requests[event.request_id]
+    live.admitted_s = event.time
+    live.num_cached_tokens = event.num_hit_tokens

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_a_slow_reader_gets_merged_pieces(llm: LLM) -> None:
         async with AsyncLLM(llm) as engine:
             async for piece in engine.stream(PROMPT, GREEDY):
                 pieces.append(piece)
-                await until(lambda: not engine._engine.has_work)
+                await until(lambda: not llm.engine.has_work)
         return pieces
 
     pieces = run(main())
@@ -181,7 +182,7 @@ def test_a_reader_that_never_reads_holds_nobody_up_and_its_request_ends(llm: LLM
             silent = engine.stream(PROMPT, LONG)
             first = await anext(silent)
             other = await engine.generate([9, 8, 7], GREEDY)
-            await until(lambda: not engine._engine.has_work)
+            await until(lambda: not llm.engine.has_work)
             rest = [piece async for piece in silent]
             assert len(rest) == 1
             return len(other.token_ids), len(first.token_ids) + len(rest[0].token_ids)
@@ -341,6 +342,27 @@ def test_a_dead_engine_thread_leaves_nobody_waiting(llm: LLM, monkeypatch: pytes
             await engine.generate(PROMPT, GREEDY)
         assert engine.is_closed
         await engine.close()
+
+    run(main())
+
+
+def test_a_closed_engine_holds_no_memory_for_keys_and_values_even_while_it_is_referred_to(llm: LLM) -> None:
+    async def main() -> bool:
+        storage = weakref.ref(llm.engine.storage)
+        engine = AsyncLLM(llm)
+        await engine.generate(PROMPT, GREEDY)
+        await engine.close()
+        return engine.is_closed and storage() is None
+
+    assert run(main())
+
+
+def test_a_closed_engine_makes_no_prompts_of_chats(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            pass
+        with pytest.raises(EngineClosedError, match="the engine was closed"):
+            await engine.chat_prompt([{"role": "user", "content": "Hello?"}])
 
     run(main())
 

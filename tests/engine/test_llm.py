@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,35 @@ def test_a_closed_llm_takes_nothing_and_closing_twice_is_fine(model: Any) -> Non
 
 
 # Memory
+
+
+def test_an_llm_holds_no_results_that_its_caller_let_go_of(model: Any) -> None:
+    llm = make_llm(model)
+    held: list[weakref.ref[Any]] = []
+
+    class Held:
+        def __call__(self, output: Any) -> None:
+            """Somebody who waits for a request's end."""
+
+    for number in range(3):
+        waiting = Held()
+        held.append(weakref.ref(waiting))
+        llm.engine.add(str(number), np.array([1, 2], np.int32), GREEDY, on_finish=waiting)
+    del waiting
+    while llm.engine.has_work:
+        llm.engine.step()
+
+    assert [each() for each in held] == [None] * 3
+
+
+def test_a_closed_llm_holds_no_memory_for_keys_and_values(model: Any) -> None:
+    llm = make_llm(model)
+    llm.generate(PROMPTS, GREEDY)
+    storage = weakref.ref(llm.engine.storage)
+
+    llm.close()
+
+    assert storage() is None
 
 
 def test_memory_in_bytes_gives_as_many_blocks_as_fit(model: Any) -> None:
