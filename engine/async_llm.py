@@ -20,7 +20,6 @@ from pagedkv.engine.mailbox import Mailbox
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.outputs import Piece, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import PagedKVError
 
 __all__ = ["AsyncLLM"]
 
@@ -205,7 +204,7 @@ class AsyncLLM:
                     salt=salt,
                     client=client,
                 )
-            except PagedKVError as error:
+            except Exception as error:  # noqa: BLE001 - what one caller's arguments raise is that caller's, whatever it is
                 self._end(request_id, error)
 
         with self._wake:

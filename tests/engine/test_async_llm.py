@@ -367,6 +367,24 @@ def test_a_closed_engine_makes_no_prompts_of_chats(llm: LLM) -> None:
     run(main())
 
 
+def test_what_one_callers_argument_raises_is_that_callers_alone(llm: LLM) -> None:
+    class Broken(float):
+        def __abs__(self) -> float:
+            raise ZeroDivisionError("a number that is none")
+
+    async def main() -> list[Any]:
+        async with AsyncLLM(llm) as engine:
+            work = [engine.generate(PROMPT, GREEDY, priority=priority) for priority in (0.0, Broken(1), 1.0)]
+            work.append(engine.generate(PROMPT, GREEDY, client=10**5000))
+            return await asyncio.gather(*work, return_exceptions=True)
+
+    first, broken, last, huge = run(main())
+
+    assert first.token_ids == last.token_ids
+    assert isinstance(broken, ZeroDivisionError)
+    assert isinstance(huge, InvalidArgumentError)
+
+
 def test_what_closing_raises_reaches_who_closes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
