@@ -65,7 +65,9 @@ class Engine:
         self.scheduler = scheduler
         self.storage = storage
         self._runner = StepRunner(model, storage, scheduler, max_length=max_length)
-        self._drafts = None if drafter is None else RowDrafts(drafter, scheduler, model.vocab_size)
+        self._drafts: RowDrafts | None = None
+        if drafter is not None:
+            self._drafts = RowDrafts(drafter, scheduler, model.vocab_size, on_error=observers.on_drafter_error)
         self.tokenizer = tokenizer
         self._observers = observers
         self._requests: dict[str, LiveRequest] = {}

@@ -80,6 +80,10 @@ class Observers:
                 num_used_blocks=self._num_used_blocks,
             )
 
+    def on_drafter_error(self, _error: Exception) -> None:
+        """The drafter raised: some samples go without guesses."""
+        self.metrics.on_drafter_error()
+
     def on_finish(self, sample: LiveSample, completion: Completion, now: float) -> None:
         """A sample has ended."""
         if self.recorder is not None:
