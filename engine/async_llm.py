@@ -144,7 +144,7 @@ class AsyncLLM:
         """The prompt's token ids, (n,) int32, and its parameters, after every check that needs no queue.
 
         The event loop goes on meanwhile: long texts are tokenized in a thread of the loop's executor.
-        Raises InvalidArgumentError, EngineClosedError.
+        Raises InvalidArgumentError, RequestTooLargeError, EngineClosedError.
         """
         return await asyncio.to_thread(self._open_llm().check, prompt, params)
 
@@ -187,7 +187,7 @@ class AsyncLLM:
         salt: bytes,
         client: str | int | None,
     ) -> tuple[str, Mailbox]:
-        token_ids, checked = await self.check(prompt, params)
+        token_ids, checked = await asyncio.to_thread(self._open_llm().prepare, prompt, params)
         mailbox = Mailbox(asyncio.get_running_loop())
         request_id = f"async-{next(self._numbers)}"
 

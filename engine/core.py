@@ -19,13 +19,14 @@ from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.observers import Observers
 from pagedkv.engine.recovery import Recovery
+from pagedkv.engine.request_limits import RequestLimits
 from pagedkv.engine.row_columns import RowColumns
 from pagedkv.engine.sampling import Sampled, Sampler, seed_for
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.speculation import Drafter, RowDrafts, accept_drafts, positions_of
 from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
-from pagedkv.errors import DuplicateIdError, InvalidArgumentError
+from pagedkv.errors import DuplicateIdError
 from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepOutcome, StepPlan
 from pagedkv.scheduler.events import Admitted
 from pagedkv.storage import KVStorage
@@ -69,6 +70,9 @@ class Engine:
         if drafter is not None:
             self._drafts = RowDrafts(drafter, scheduler, model.vocab_size, on_error=observers.on_drafter_error)
         self.tokenizer = tokenizer
+        self.limits = RequestLimits(
+            scheduler, vocab_size=model.vocab_size, max_length=max_length, has_tokenizer=tokenizer is not None
+        )
         self._observers = observers
         self._requests: dict[str, LiveRequest] = {}
         # Not a method: no cycle then keeps the K/V memory until the garbage collector comes by.
@@ -105,12 +109,7 @@ class Engine:
         """
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
-        if params.stop and self.tokenizer is None:
-            raise InvalidArgumentError("stop strings need a tokenizer: give LLM one, or use stop_token_ids")
-        if params.logprobs is not None and params.logprobs > self.model.vocab_size:
-            raise InvalidArgumentError(
-                f"logprobs {params.logprobs} exceeds the vocabulary of {self.model.vocab_size} tokens"
-            )
+        self.limits.check_params(params)
         now = self._clock()
         live = LiveRequest(
             request_id,

@@ -203,7 +203,7 @@ class LLM:
         params = BeamSearchParams() if params is None else params
         batch = _as_batch(prompts)
         limit = SamplingParams(max_tokens=params.max_tokens)
-        token_ids = [self.check(prompt, limit)[0] for prompt in batch]
+        token_ids = [self.prepare(prompt, limit)[0] for prompt in batch]
         engine = self.engine
         search = BeamSearch(
             engine.model,
@@ -249,24 +249,23 @@ class LLM:
     def check(self, prompt: TextOrTokens, params: SamplingParams | None) -> tuple[Int32s, SamplingParams]:
         """The prompt's token ids, (n,) int32, and its parameters, after every check that needs no queue.
 
-        Raises InvalidArgumentError.
+        Raises InvalidArgumentError, RequestTooLargeError.
         """
+        token_ids, params = self.prepare(prompt, params)
+        self.engine.limits.check_size(token_ids, params)
+        return token_ids, params
+
+    def prepare(self, prompt: TextOrTokens, params: SamplingParams | None) -> tuple[Int32s, SamplingParams]:
+        """As `check`, but whether there is memory for it is left to `Engine.add`, whose refusals the metrics count."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidArgumentError("a prompt that is a text needs a tokenizer: give LLM one, or token ids")
             prompt = cast(Sequence[int], self.tokenizer(prompt)["input_ids"])
         token_ids = as_token_ids("prompt", prompt)
-        vocab_size = self.engine.model.vocab_size
-        if not len(token_ids):
-            raise InvalidArgumentError("a prompt has at least one token, found none")
-        if int(token_ids.max()) >= vocab_size:
-            raise InvalidArgumentError(f"the model has tokens 0..{vocab_size - 1}, the prompt holds {token_ids.max()}")
         params = SamplingParams() if params is None else params
-        if self.max_length is not None and len(token_ids) + params.max_tokens > self.max_length:
-            raise InvalidArgumentError(
-                f"a prompt of {len(token_ids)} tokens and max_tokens={params.max_tokens} exceed the model's {self.max_length} "
-                "positions"
-            )
+        limits = self.engine.limits
+        limits.check_prompt(token_ids, params)
+        limits.check_params(params)
         return token_ids, params
 
     # The engine

@@ -357,6 +357,21 @@ def test_a_closed_engine_holds_no_memory_for_keys_and_values_even_while_it_is_re
     assert run(main())
 
 
+def test_a_check_finds_what_can_never_fit_and_only_a_request_is_counted_as_refused() -> None:
+    too_long = SamplingParams(max_tokens=507)
+
+    async def main() -> tuple[int, int]:
+        async with AsyncLLM(make_llm(num_blocks=100)) as engine:
+            with pytest.raises(RequestTooLargeError, match="can never run"):
+                await engine.check(PROMPT, too_long)
+            checked = engine.metrics().num_requests_refused
+            with pytest.raises(RequestTooLargeError, match="can never run"):
+                await engine.generate(PROMPT, too_long)
+            return checked, engine.metrics().num_requests_refused
+
+    assert run(main()) == (0, 1)
+
+
 def test_a_closed_engine_makes_no_prompts_of_chats(llm: LLM) -> None:
     async def main() -> None:
         async with AsyncLLM(llm) as engine:

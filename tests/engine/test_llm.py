@@ -20,7 +20,7 @@ from pagedkv.engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from pagedkv.scheduler import RequestTooLargeError
+from pagedkv.scheduler import RequestTooLargeError, SchedulerConfig
 
 PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -195,6 +195,49 @@ def test_bad_requests_are_refused_before_anything_runs(model: Any, prompt: Any, 
         llm.generate(prompt, params)
 
     assert not llm.engine.has_work
+
+
+NEVER_FITS = [
+    (SamplingParams(stop="x"), InvalidArgumentError, "stop strings need a tokenizer"),
+    (SamplingParams(logprobs=161), InvalidArgumentError, "logprobs 161 exceeds the vocabulary of 160 tokens"),
+    (
+        SamplingParams(max_tokens=30),
+        RequestTooLargeError,
+        "can never run: 4 prompt \\+ 30 new tokens need 9 blocks of 4, the pool has 8",
+    ),
+    (
+        SamplingParams(max_tokens=8, n=257),
+        RequestTooLargeError,
+        "can never run: 257 samples need as many seats, there are 256",
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "error", "message"), NEVER_FITS)
+def test_a_check_finds_what_no_queue_is_needed_for(model: Any, params: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_llm(model, num_blocks=8).check(PROMPTS[0], params)
+
+
+@pytest.mark.parametrize(("params", "error", "message"), NEVER_FITS)
+def test_no_prompt_of_a_batch_is_queued_if_one_can_never_run(
+    model: Any, params: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(model, num_blocks=8)
+    added: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine, "add", lambda *arguments, **_more: added.append(arguments))
+        with pytest.raises(error, match=message):
+            llm.generate([PROMPTS[0]] * 2, [GREEDY, params])
+
+    assert added == []
+
+
+def test_a_check_knows_a_clients_share(model: Any) -> None:
+    llm = make_llm(model, num_blocks=8, scheduler_config=SchedulerConfig(64, 4, watermark=0, client_share=0.5))
+
+    with pytest.raises(RequestTooLargeError, match="a client's share is 2 and 4"):
+        llm.check(PROMPTS[0], SamplingParams(max_tokens=20))
 
 
 def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: Any) -> None:
