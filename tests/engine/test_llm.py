@@ -250,6 +250,19 @@ def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: A
     assert llm.generate(PROMPTS[0], GREEDY)[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("verb", ["generate", "stream", "chat"])
+def test_priority_salt_and_client_reach_the_scheduler(model: Any, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm(make_model("llama", vocab_size=267), tokenizer=make_tokenizer())
+    added: list[Any] = []
+    add = llm.engine.scheduler.add
+    monkeypatch.setattr(llm.engine.scheduler, "add", lambda request, now: (added.append(request), add(request, now)))
+    prompt = [{"role": "user", "content": "Hello?"}] if verb == "chat" else PROMPTS[0]
+
+    list(getattr(llm, verb)(prompt, GREEDY, priority=-2.5, salt=b"tenant", client="somebody"))
+
+    assert [(request.priority, request.salt, request.client) for request in added] == [(-2.5, b"tenant", "somebody")]
+
+
 def test_numbers_of_params_and_prompts_must_agree(model: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="3 prompts need as many SamplingParams, or one, found 2"):
         make_llm(model).generate(PROMPTS, [GREEDY, GREEDY])
