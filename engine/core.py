@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
+from pagedkv.arrays import Int32s, Int64s, Rows
 from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.interrupts import interruptible, uninterrupted
+from pagedkv.engine.listeners import tell_listeners
 from pagedkv.engine.live_requests import LiveRequest, LiveSample, OnFinish, OnPiece
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
@@ -27,7 +28,7 @@ from pagedkv.engine.speculation import Drafter, RowDrafts, accept_drafts, positi
 from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
 from pagedkv.errors import DuplicateIdError
-from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepOutcome, StepPlan
+from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.events import Admitted
 from pagedkv.storage import KVStorage
 
@@ -204,7 +205,7 @@ class Engine:
         self._recovery.step_succeeded()
         rows = plan.sampling_rows
         self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
-        touched, outcome = self._tell(rows, sampled, counts)
+        touched, outcome = tell_listeners(self._rows, rows, sampled, counts)
         chosen = self._clock()
         events = self.scheduler.update(plan, outcome, chosen)
         self._remember(events)
@@ -237,36 +238,6 @@ class Engine:
             sample = self._rows.samples[rows[idx]]
             if sample is not None:  # Otherwise it ended with another sample of its request.
                 self._end_request(sample.request.request_id, error)
-
-    def _tell(
-        self, rows: Rows, sampled: Sampled, counts: Int64s | None
-    ) -> tuple[list[LiveSample], StepOutcome | Int32s]:
-        """Push the new tokens to the samples that listen; returns these, and what the scheduler is to hear.
-
-        Tokens of a row behind one that ended its sample are dropped.
-        """
-        touched: list[LiveSample] = []
-        listening = self._rows.listens[rows].nonzero()[0]
-        if not len(listening) and counts is None:
-            return touched, sampled.token_ids
-        stopped = np.zeros(len(rows), np.bool_)
-        kept = np.ones(len(rows), np.int64) if counts is None else counts
-        firsts = kept.cumsum() - kept
-        for idx in listening.tolist():
-            sample = self._rows.samples[rows[idx]]
-            if sample is None:
-                continue
-            touched.append(sample)
-            first = int(firsts[idx])
-            for place in range(first, first + int(kept[idx])):
-                logprobs = None if sampled.logprobs is None else sampled.logprobs[place]
-                stopped[idx] = sample.push(int(sampled.token_ids[place]), logprobs)
-                if sample.stop is not None:
-                    kept[idx] = place + 1 - first
-                    break
-        if counts is None and not stopped.any():
-            return touched, sampled.token_ids
-        return touched, StepOutcome(sampled.token_ids[packed_runs(firsts, kept)], kept, stopped)
 
     def _remember(self, events: StepEvents) -> None:
         """Let those know of the new tokens whose next ones depend on them: penalties, and the drafter."""
