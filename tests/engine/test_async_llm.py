@@ -260,13 +260,13 @@ def test_what_cannot_be_done_is_refused_to_its_caller_only(
 
 def test_a_long_text_is_tokenized_beside_the_loop_and_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    check = llm.check
+    prepare = llm.prepare
 
     def note(*arguments: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return check(*arguments)
+        return prepare(*arguments)
 
-    monkeypatch.setattr(llm, "check", note)
+    monkeypatch.setattr(llm, "prepare", note)
 
     async def main() -> None:
         async with AsyncLLM(llm) as engine:
