@@ -13,16 +13,18 @@ from types import TracebackType
 from typing import Any
 
 from pagedkv.arrays import Int32s
+from pagedkv.engine.core import Engine
 from pagedkv.engine.errors import EngineClosedError
 from pagedkv.engine.llm import LLM, Message, TextOrTokens
 from pagedkv.engine.mailbox import Mailbox
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.outputs import Piece, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import PagedKVError
 
 __all__ = ["AsyncLLM"]
 
+Command = Callable[[Engine], None]
+"""What the engine thread is to do between two steps."""
 EXIT_PATIENCE_S = 30.0
 """How long the interpreter's exit waits for the step under way."""
 
@@ -44,18 +46,18 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM) -> None:
         """Start the engine thread. Raises EngineClosedError if the LLM was closed."""
-        self._llm = llm
-        self._engine = llm.engine
+        self._llm: LLM | None = llm
+        """None once it was closed: who still holds this holds no K/V memory."""
         self._wake = Condition()
         """Its lock guards what follows."""
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Command] = deque()
         self._waiting: dict[str, Mailbox] = {}
         self._is_closed = False
         self._cause: BaseException | None = None
         """What the engine thread died of."""
         self._close_error: Exception | None = None
         self._numbers = itertools.count(1)
-        self._thread = Thread(target=self._run, name="pagedkv-engine", daemon=True)
+        self._thread = Thread(target=self._run, args=(llm, llm.engine), name="pagedkv-engine", daemon=True)
         self._thread.start()
         atexit.register(self._stop, EXIT_PATIENCE_S)
 
@@ -132,22 +134,23 @@ class AsyncLLM:
         return await self.generate(prompt, params, priority=priority, salt=salt, client=client)
 
     async def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
-        """Token ids of a conversation that the model is to continue. Raises InvalidArgumentError without a template."""
-        return await asyncio.to_thread(partial(self._llm.chat_prompt, messages, **template))
+        """Token ids of a conversation that the model is to continue.
+
+        Raises InvalidArgumentError without a template, EngineClosedError.
+        """
+        return await asyncio.to_thread(partial(self._open_llm().chat_prompt, messages, **template))
 
     async def check(self, prompt: TextOrTokens, params: SamplingParams | None = None) -> tuple[Int32s, SamplingParams]:
         """The prompt's token ids, (n,) int32, and its parameters, after every check that needs no queue.
 
         The event loop goes on meanwhile: long texts are tokenized in a thread of the loop's executor.
-        Raises InvalidArgumentError, EngineClosedError.
+        Raises InvalidArgumentError, RequestTooLargeError, EngineClosedError.
         """
-        self._require_open()
-        return await asyncio.to_thread(self._llm.check, prompt, params)
+        return await asyncio.to_thread(self._open_llm().check, prompt, params)
 
     def metrics(self) -> MetricsSnapshot:
         """Counters, gauges and histograms as they are now; from any thread. Raises EngineClosedError. O(buckets)."""
-        self._require_open()
-        return self._engine.metrics()
+        return self._open_llm().metrics()
 
     @property
     def is_closed(self) -> bool:
@@ -184,13 +187,13 @@ class AsyncLLM:
         salt: bytes,
         client: str | int | None,
     ) -> tuple[str, Mailbox]:
-        token_ids, checked = await self.check(prompt, params)
+        token_ids, checked = await asyncio.to_thread(self._open_llm().prepare, prompt, params)
         mailbox = Mailbox(asyncio.get_running_loop())
         request_id = f"async-{next(self._numbers)}"
 
-        def add() -> None:
+        def add(engine: Engine) -> None:
             try:
-                self._engine.add(
+                engine.add(
                     request_id,
                     token_ids,
                     checked,
@@ -201,11 +204,11 @@ class AsyncLLM:
                     salt=salt,
                     client=client,
                 )
-            except PagedKVError as error:
+            except Exception as error:  # noqa: BLE001 - what one caller's arguments raise is that caller's, whatever it is
                 self._end(request_id, error)
 
         with self._wake:
-            self._require_open()
+            self._open_llm()
             self._waiting[request_id] = mailbox
             self._commands.append(add)
             self._wake.notify()
@@ -214,18 +217,21 @@ class AsyncLLM:
     def _abandon(self, request_id: str) -> None:
         """Nobody waits for this request any more: have it aborted before the next step."""
 
-        def abort() -> None:
-            if self._engine.is_live(request_id):
-                self._engine.abort(request_id)
+        def abort(engine: Engine) -> None:
+            if engine.is_live(request_id):
+                engine.abort(request_id)
 
         with self._wake:
             self._waiting.pop(request_id, None)
             self._commands.append(abort)
             self._wake.notify()
 
-    def _require_open(self) -> None:
-        if self._is_closed:
+    def _open_llm(self) -> LLM:
+        """Raises EngineClosedError."""
+        llm = self._llm
+        if self._is_closed or llm is None:
             raise self._closed_error()
+        return llm
 
     def _closed_error(self) -> EngineClosedError:
         """A new one for each who gets it: a raised exception keeps the frames it went through."""
@@ -244,34 +250,35 @@ class AsyncLLM:
 
     # The engine thread
 
-    def _run(self) -> None:
+    def _run(self, llm: LLM, engine: Engine) -> None:
         try:
             while not self._is_closed:
-                for command in self._next_commands():
-                    command()
-                if self._engine.has_work:
-                    self._engine.step()
+                for command in self._next_commands(engine):
+                    command(engine)
+                if engine.has_work:
+                    engine.step()
         except BaseException as error:  # noqa: BLE001 - whatever it died of, nobody may be left waiting
             self._cause = error
-        self._shut_down()
+        self._shut_down(llm)
 
-    def _next_commands(self) -> deque[Callable[[], None]]:
+    def _next_commands(self, engine: Engine) -> deque[Command]:
         """Commands since the last step; sleeps while there is nothing to do at all."""
         with self._wake:
-            while not (self._commands or self._engine.has_work or self._is_closed):
+            while not (self._commands or engine.has_work or self._is_closed):
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
         return commands
 
-    def _shut_down(self) -> None:
+    def _shut_down(self, llm: LLM) -> None:
         with self._wake:
             self._is_closed = True
+            self._llm = None
             waiting, self._waiting = self._waiting, {}
             self._commands.clear()
         for mailbox in waiting.values():
             mailbox.end(self._closed_error())
         try:
-            self._llm.close()
+            llm.close()
         except Exception as error:  # noqa: BLE001 - it is raised by `close`
             if self._cause is None:  # After a death the engine's state is unknown, and the callers know already.
                 self._close_error = error

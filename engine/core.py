@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
-from pagedkv.engine.errors import ModelStepError
+from pagedkv.arrays import Int32s, Int64s, Rows
+from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.interrupts import interruptible, uninterrupted
+from pagedkv.engine.listeners import tell_listeners
 from pagedkv.engine.live_requests import LiveRequest, LiveSample, OnFinish, OnPiece
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.observers import Observers
-from pagedkv.engine.recovery import rows_that_raise
+from pagedkv.engine.recovery import Recovery
+from pagedkv.engine.request_limits import RequestLimits
 from pagedkv.engine.row_columns import RowColumns
 from pagedkv.engine.sampling import Sampled, Sampler, seed_for
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.speculation import Drafter, RowDrafts, accept_drafts, positions_of
 from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
-from pagedkv.errors import DuplicateIdError, InvalidArgumentError
-from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepOutcome, StepPlan
+from pagedkv.errors import DuplicateIdError
+from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.events import Admitted
 from pagedkv.storage import KVStorage
 
 __all__ = ["Engine"]
 
-T = TypeVar("T")
 NO_TOKENS = np.empty(0, np.int32)
 NOTHING_SAMPLED = Sampled(NO_TOKENS, None, {})
 
@@ -42,8 +44,9 @@ class Engine:
     It owns the clock and the tensors; the scheduler decides. A step costs a fixed number of array operations for all
     samples that nobody listens to, and Python-level work for those that stream, have stop strings or want logprobs.
 
-    An error in one request's sampling ends that request. If the model raises, the step is tried once more; if it raises
-    again, the requests for which it raises alone are ended with ModelStepError, and the others go on. One thread at a time.
+    An error in one request's sampling or text ends that request. If the model raises, the step is tried once more; if it
+    raises again, the requests for which it raises alone are ended with ModelStepError, and the others go on. One thread at
+    a time.
     """
 
     def __init__(
@@ -64,20 +67,25 @@ class Engine:
         self.scheduler = scheduler
         self.storage = storage
         self._runner = StepRunner(model, storage, scheduler, max_length=max_length)
-        self._drafts = None if drafter is None else RowDrafts(drafter, scheduler, model.vocab_size)
+        self._drafts: RowDrafts | None = None
+        if drafter is not None:
+            self._drafts = RowDrafts(drafter, scheduler, model.vocab_size, on_error=observers.on_drafter_error)
         self.tokenizer = tokenizer
+        self.limits = RequestLimits(
+            scheduler, vocab_size=model.vocab_size, max_length=max_length, has_tokenizer=tokenizer is not None
+        )
         self._observers = observers
-        observers.on_admitted = self._note_admission
+        self._requests: dict[str, LiveRequest] = {}
+        # Not a method: no cycle then keeps the K/V memory until the garbage collector comes by.
+        observers.on_admitted = partial(_note_admission, self._requests)
         observers.watch(scheduler)
         self.end_token_ids = tuple(end_token_ids)
         self._sampler = Sampler(model.vocab_size)
         self._seeds = np.random.default_rng(seed)
         self._clock = clock
-        self._requests: dict[str, LiveRequest] = {}
         self._rows = RowColumns()
-        self._has_failed = False
-        """Whether the last step failed."""
-        self._callback_errors: list[Exception] = []
+        self._recovery = Recovery(model, scheduler, self._rows)
+        self._callbacks = HeldErrors("callbacks")
 
     # Requests
 
@@ -102,12 +110,7 @@ class Engine:
         """
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
-        if params.stop and self.tokenizer is None:
-            raise InvalidArgumentError("stop strings need a tokenizer: give LLM one, or use stop_token_ids")
-        if params.logprobs is not None and params.logprobs > self.model.vocab_size:
-            raise InvalidArgumentError(
-                f"logprobs {params.logprobs} exceeds the vocabulary of {self.model.vocab_size} tokens"
-            )
+        self.limits.check_params(params)
         now = self._clock()
         live = LiveRequest(
             request_id,
@@ -131,14 +134,14 @@ class Engine:
             n=params.n,
         )
         self.scheduler.add(request, now)
-        self._observers.on_request(request, now)
         self._requests[request_id] = live
+        self._observers.on_request(request, now)
 
     @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
         self._end_request(request_id, error)
-        self._raise_from_callbacks()
+        self._callbacks.raise_all()
 
     def _end_request(self, request_id: str, error: Exception | None) -> None:
         now = self._clock()
@@ -163,11 +166,14 @@ class Engine:
 
     @uninterrupted
     def close(self) -> None:
-        """Abort every live request and complete the files that are being written."""
+        """Abort every live request and complete the files that are being written.
+
+        Raises what callbacks raised, and the error with which such a file ended; everything is done by then.
+        """
         for request_id in list(self._requests):
             self._end_request(request_id, None)
-        self._observers.close()
-        self._raise_from_callbacks()
+        self._callbacks.call(self._observers.close)
+        self._callbacks.raise_all()
 
     def metrics(self) -> MetricsSnapshot:
         """Counters, gauges and histograms as they are now. From any thread. O(buckets)."""
@@ -191,21 +197,21 @@ class Engine:
             sampled, counts = self._sample(plan, logits, computed)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
-            self._raise_from_callbacks()
+            self._callbacks.raise_all()
             return
         except BaseException:
             self.scheduler.fail(plan, self._clock(), "interrupted")
             raise
-        self._has_failed = False
+        self._recovery.step_succeeded()
         rows = plan.sampling_rows
         self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
-        touched, outcome = self._tell(rows, sampled, counts)
+        touched, outcome = tell_listeners(self._rows, rows, sampled, counts)
         chosen = self._clock()
         events = self.scheduler.update(plan, outcome, chosen)
         self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
-        self._raise_from_callbacks()
+        self._callbacks.raise_all()
 
     def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> tuple[Sampled, Int64s | None]:
         """Choose the next tokens, packed by sampling row, and how many each row got; None: one each.
@@ -218,7 +224,9 @@ class Engine:
         num_outputs = lengths - self._rows.num_prompt[rows]
         sampled = self._sampler.sample(logits, rows, num_outputs)
         for row in rows[num_outputs == 0].tolist():
-            self._rows.samples[row].first_token_s = now
+            sample = self._rows.samples[row]
+            if sample is not None:
+                sample.first_token_s = now
         if plan.drafts is None:
             return sampled, None
         accepted = accept_drafts(sampled.token_ids, plan.drafts.token_ids, plan.drafts.num_tokens)
@@ -227,39 +235,9 @@ class Engine:
     def _end_unsampled(self, rows: Rows, sampled: Sampled) -> None:
         """End the requests for which no token could be chosen; `rows` are those of the tokens."""
         for idx, error in sampled.errors.items():
-            request_id = self._rows.samples[rows[idx]].request.request_id
-            if request_id in self._requests:
-                self._end_request(request_id, error)
-
-    def _tell(
-        self, rows: Rows, sampled: Sampled, counts: Int64s | None
-    ) -> tuple[list[LiveSample], StepOutcome | Int32s]:
-        """Push the new tokens to the samples that listen; returns these, and what the scheduler is to hear.
-
-        Tokens of a row behind one that ended its sample are dropped.
-        """
-        touched: list[LiveSample] = []
-        listening = self._rows.listens[rows].nonzero()[0]
-        if not len(listening) and counts is None:
-            return touched, sampled.token_ids
-        stopped = np.zeros(len(rows), np.bool_)
-        kept = np.ones(len(rows), np.int64) if counts is None else counts
-        firsts = kept.cumsum() - kept
-        for idx in listening.tolist():
-            sample: LiveSample = self._rows.samples[rows[idx]]
-            if sample.has_finished:
-                continue
-            touched.append(sample)
-            first = int(firsts[idx])
-            for place in range(first, first + int(kept[idx])):
-                logprobs = None if sampled.logprobs is None else sampled.logprobs[place]
-                stopped[idx] = sample.push(int(sampled.token_ids[place]), logprobs)
-                if sample.stop is not None:
-                    kept[idx] = place + 1 - first
-                    break
-        if counts is None and not stopped.any():
-            return touched, sampled.token_ids
-        return touched, StepOutcome(sampled.token_ids[packed_runs(firsts, kept)], kept, stopped)
+            sample = self._rows.samples[rows[idx]]
+            if sample is not None:  # Otherwise it ended with another sample of its request.
+                self._end_request(sample.request.request_id, error)
 
     def _remember(self, events: StepEvents) -> None:
         """Let those know of the new tokens whose next ones depend on them: penalties, and the drafter."""
@@ -273,7 +251,8 @@ class Engine:
     # What comes of it
 
     def _collect(self, events: StepEvents, touched: list[LiveSample], now: float) -> None:
-        """Build the outputs of samples that ended, then hand out pieces."""
+        """Build the outputs of samples that ended, hand out pieces, then end the requests whose text failed."""
+        failed: list[LiveSample] = []
         for ended, reason in events.finished:
             live = self._requests[ended.request.request_id]
             sample = live.samples.get(ended.sample_idx)
@@ -281,74 +260,72 @@ class Engine:
                 sample = self._new_sample(live, ended.sample_idx)
             sample.num_preemptions = ended.num_preemptions
             self._finish_sample(sample, ended.output_token_ids, reason, now)
+            if sample.error is not None:
+                failed.append(sample)
         for sample in touched:
-            if sample.request.on_piece is not None and not sample.has_finished:
-                self._call(sample.request.on_piece, sample.take_piece())
+            if sample.has_finished:
+                continue
+            if sample.error is not None:
+                failed.append(sample)
+            elif sample.request.on_piece is not None:
+                self._callbacks.call(sample.request.on_piece, sample.take_piece())
+        for sample in failed:
+            if self._requests.get(sample.request.request_id) is sample.request:
+                self._end_request(sample.request.request_id, sample.error)
 
     def _finish_sample(self, sample: LiveSample, token_ids: Int32s, reason: str, now: float) -> None:
         live = sample.request
+        self._rows.release(sample)
         completion = live.completions[sample.index] = sample.finish(token_ids, reason)
+        if live.error is None:
+            live.error = sample.error
         self._observers.on_finish(sample, completion, now)
         if self._drafts is not None:
             self._drafts.end((live.request_id, sample.index))
         if live.on_piece is not None:
-            self._call(live.on_piece, replace(sample.take_piece(), finish_reason=reason, stop=completion.stop))
+            last = replace(sample.take_piece(), finish_reason=completion.finish_reason, stop=completion.stop)
+            self._callbacks.call(live.on_piece, last)
         if len(live.completions) == live.num_samples:
             del self._requests[live.request_id]
-            self._call(live.on_finish, live.output(now))
-
-    def _call(self, callback: Callable[[T], None], value: T) -> None:
-        """Hand something to a caller. What it raises waits until the others have theirs."""
-        try:
-            callback(value)
-        except Exception as error:  # noqa: BLE001 - a caller may raise anything; it must not take other requests along
-            self._callback_errors.append(error)
-
-    def _raise_from_callbacks(self) -> None:
-        if self._callback_errors:
-            errors, self._callback_errors = self._callback_errors, []
-            raise errors[0] if len(errors) == 1 else ExceptionGroup("callbacks raised", errors)
-
-    def _note_admission(self, event: Admitted) -> None:
-        live = self._requests[event.request_id]
-        live.admitted_s = event.time
-        live.num_cached_tokens = event.num_hit_tokens
+            output = live.output(now)
+            live.samples.clear()  # They refer back to it: what its callbacks hold is not to wait for the garbage collector.
+            self._callbacks.call(live.on_finish, output)
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """The step was not carried out: plan it again, or, if that was tried already, without the requests to blame."""
-        guilty: dict[int, Exception] = {}
-        if self._has_failed:
-            guilty = rows_that_raise(self.model, self.scheduler, plan) or {int(plan.rows[-1]): error}
-        self._has_failed = not guilty
+        guilty = self._recovery.blame(plan, error)
         self.scheduler.fail(plan, self._clock(), f"{type(error).__name__}: {error}")
-        for row, cause in guilty.items():
-            request_id = self._rows.samples[row].request.request_id
-            if request_id in self._requests:
-                failure = ModelStepError(f"the model raised {type(cause).__name__} in request {request_id!r}: {cause}")
-                failure.__cause__ = cause
-                self._end_request(request_id, failure)
+        for live, failure in guilty:
+            self._end_request(live.request_id, failure)
 
     # Rows
 
-    def _seat(self, seats: Iterable[Seat]) -> None:
+    def _seat(self, seats: Sequence[Seat]) -> None:
+        seated: list[LiveSample] = []
+        # All of them first: whoever is to blame for what is raised below is found by row.
         for row, request_id, sample_idx in seats:
             live = self._requests[request_id]
-            sample = live.samples.get(sample_idx) or self._new_sample(live, sample_idx)
-            self._rows.seat(row, sample)
-            params = live.params
-            self._sampler.seat(
-                row,
-                params,
-                seed=seed_for(live.seed, sample_idx),
-                num_prompt=len(live.prompt_token_ids),
-                known_token_ids=self._known_tokens(row) if params.needs_history else NO_TOKENS,
-                end_token_ids=self._ends_of(params),
-            )
-            if self._drafts is not None:
-                # What a penalty does to a token depends on those before it, so such samples are not guessed for.
-                max_length = 0 if params.needs_history else len(live.prompt_token_ids) + params.max_tokens
-                key = (request_id, sample_idx)
-                self._drafts.seat(row, key, self._known_tokens(row), max_length=max_length, salt=live.salt)
+            seated.append(live.samples.get(sample_idx) or self._new_sample(live, sample_idx))
+            self._rows.seat(row, seated[-1])
+        for (row, _, _), sample in zip(seats, seated, strict=True):
+            self._prepare(row, sample)
+
+    def _prepare(self, row: int, sample: LiveSample) -> None:
+        """Have tokens sampled, and guessed, for what this row holds now."""
+        live, params = sample.request, sample.params
+        self._sampler.seat(
+            row,
+            params,
+            seed=seed_for(live.seed, sample.index),
+            num_prompt=len(live.prompt_token_ids),
+            known_token_ids=self._known_tokens(row) if params.needs_history else NO_TOKENS,
+            end_token_ids=self._ends_of(params),
+        )
+        if self._drafts is not None:
+            # What a penalty does to a token depends on those before it, so such samples are not guessed for.
+            max_length = 0 if params.needs_history else len(live.prompt_token_ids) + params.max_tokens
+            key = (live.request_id, sample.index)
+            self._drafts.seat(row, key, self._known_tokens(row), max_length=max_length, salt=live.salt)
 
     def _known_tokens(self, row: int) -> Int32s:
         memory = self.scheduler.manager.memory
@@ -364,3 +341,9 @@ class Engine:
         """Tokens that end a sample of these parameters."""
         own = () if params.ignore_eos else self.end_token_ids
         return (*own, *params.stop_token_ids)
+
+
+def _note_admission(requests: dict[str, LiveRequest], event: Admitted) -> None:
+    live = requests[event.request_id]
+    live.admitted_s = event.time
+    live.num_cached_tokens = event.num_hit_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pagedkv.arrays import Int32s
@@ -21,7 +21,10 @@ OnFinish = Callable[[RequestOutput], None]
 
 
 class LiveSample:
-    """One sample of a live request. Touched in every step only if `listens`; otherwise its tokens are read at its end."""
+    """One sample of a live request. Touched in every step only if `listens`; otherwise its tokens are read at its end.
+
+    What the tokenizer raises is kept as `error`, for its request to be ended with; the sample has no text then.
+    """
 
     __slots__ = (
         "_detokenizer",
@@ -31,6 +34,8 @@ class LiveSample:
         "_new_tokens",
         "_stop_strings",
         "_text",
+        "_tokenizer",
+        "error",
         "first_token_s",
         "has_finished",
         "index",
@@ -39,6 +44,7 @@ class LiveSample:
         "num_tokens",
         "params",
         "request",
+        "row",
         "stop",
     )
 
@@ -47,6 +53,8 @@ class LiveSample:
         self.request = request
         self.index = index
         self.params = params
+        self.row: int | None = None
+        """The row that it was given last."""
         self.num_preemptions = 0
         self.num_tokens = 0
         """Tokens that it was told of; for one that does not listen, 0 until it ends."""
@@ -54,9 +62,10 @@ class LiveSample:
         self.has_finished = False
         self.stop: str | int | None = None
         self.logprobs: list[TokenLogprobs] | None = [] if params.logprobs is not None else None
+        self.error: Exception | None = None
         self._end_token_ids = end_token_ids
-        context = request.prompt_token_ids[-NUM_CONTEXT_TOKENS:].tolist()
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
+        self._tokenizer = tokenizer
+        self._detokenizer: Detokenizer | None = None
         self._stop_strings = StopStrings(tuple(params.stop), keep=params.include_stop_in_text) if params.stop else None
         self._text: list[str] = []
         self._new_tokens: list[int] = []
@@ -78,9 +87,29 @@ class LiveSample:
         is_end = token_id in self._end_token_ids and self.num_tokens > self.params.min_tokens
         if is_end:
             self.stop = token_id
-        elif self._detokenizer is not None:
-            return self._take_text(self._detokenizer.push((token_id,)))
-        return False
+            return False
+        return self._take_text(self._decode((token_id,)))
+
+    def _take_all(self, token_ids: tuple[int, ...]) -> None:
+        """Take all tokens of one that did not listen, whose text is then decoded at one go."""
+        self.num_tokens = len(token_ids)
+        if token_ids and token_ids[-1] in self._end_token_ids and self.num_tokens > self.params.min_tokens:
+            self.stop = token_ids[-1]
+            token_ids = token_ids[:-1]
+        self._add_text(self._decode(token_ids))
+
+    def _decode(self, token_ids: Iterable[int] | None) -> str:
+        """Text that becomes final with these tokens, or, for None, because there are no more."""
+        if self._tokenizer is None:
+            return ""
+        try:
+            if self._detokenizer is None:
+                context = self.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:].tolist()
+                self._detokenizer = Detokenizer(self._tokenizer, context)
+            return self._detokenizer.finish() if token_ids is None else self._detokenizer.push(token_ids)
+        except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything; it must not take other requests along
+            self._tokenizer, self.error = None, error
+            return ""
 
     def _take_text(self, text: str) -> bool:
         """Add text that became final; returns whether it holds a stop string, which counts only after `min_tokens`."""
@@ -113,18 +142,17 @@ class LiveSample:
         self.has_finished = True
         tokens = tuple(token_ids.tolist())
         if not self.listens:
-            for token_id in tokens:
-                self.push(token_id, None)
-        if self._detokenizer is not None and not isinstance(self.stop, str):
-            rest = self._detokenizer.finish()
+            self._take_all(tokens)
+        if not isinstance(self.stop, str):
+            rest = self._decode(None)
             if self._stop_strings is not None:
                 rest = self._stop_strings.push(rest)[0] + self._stop_strings.finish()
             self._add_text(rest)
         return Completion(
             self.index,
             tokens,
-            None if self._detokenizer is None else "".join(self._text),
-            reason,
+            None if self._tokenizer is None else "".join(self._text),
+            reason if self.error is None else "error",
             stop=self.stop if reason == "stop" else None,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
         )

@@ -131,11 +131,17 @@ class LLM:
         prompts: TextOrTokens | Sequence[TextOrTokens],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: float = 0.0,
+        salt: bytes = b"",
+        client: str | int | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts, together; outputs come in the order of the prompts.
 
         params:   for all prompts, or one for each; SamplingParams() if None
+        priority: of all of them, the lower the sooner, for a queue policy that looks at it
+        salt:     prompts of different salt share no cached blocks
+        client:   whose share they take, if there are shares
         progress: whether a bar is shown; None: on a terminal, after two seconds
 
         Every argument is checked before anything is computed. An interrupt aborts what is under way.
@@ -156,7 +162,16 @@ class LLM:
             for prompt, (token_ids, given) in zip(batch, checked, strict=True):
                 ids.append(self._next_id())
                 text = prompt if isinstance(prompt, str) else None
-                self.engine.add(ids[-1], token_ids, given, prompt=text, on_finish=keep)
+                self.engine.add(
+                    ids[-1],
+                    token_ids,
+                    given,
+                    prompt=text,
+                    on_finish=keep,
+                    priority=priority,
+                    salt=salt,
+                    client=client,
+                )
             while len(outputs) < len(ids):
                 self.engine.step()
         except BaseException:
@@ -168,19 +183,28 @@ class LLM:
             bar.close()
         return [outputs[request_id] for request_id in ids]
 
-    def stream(self, prompt: TextOrTokens, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: TextOrTokens,
+        params: SamplingParams | None = None,
+        *,
+        priority: float = 0.0,
+        salt: bytes = b"",
+        client: str | int | None = None,
+    ) -> Iterator[Piece]:
         """Complete one prompt and yield pieces as they come. Closing the iterator early aborts the request.
 
-        Raises what ended the request, if it did not end by itself.
+        `priority`, `salt` and `client` are as in `generate`. Raises what ended the request, if it did not end by itself.
         """
         token_ids, params = self.check(prompt, params)
-        return self._stream(token_ids, params, prompt if isinstance(prompt, str) else None)
+        text = prompt if isinstance(prompt, str) else None
+        return self._stream(token_ids, params, prompt=text, priority=priority, salt=salt, client=client)
 
-    def _stream(self, token_ids: Int32s, params: SamplingParams, prompt: str | None) -> Iterator[Piece]:
+    def _stream(self, token_ids: Int32s, params: SamplingParams, **asked: Any) -> Iterator[Piece]:
         pieces: deque[Piece] = deque()
         ended: list[RequestOutput] = []
         request_id = self._next_id()
-        self.engine.add(request_id, token_ids, params, prompt=prompt, on_piece=pieces.append, on_finish=ended.append)
+        self.engine.add(request_id, token_ids, params, on_piece=pieces.append, on_finish=ended.append, **asked)
         try:
             while not ended or pieces:
                 while pieces:
@@ -203,7 +227,7 @@ class LLM:
         params = BeamSearchParams() if params is None else params
         batch = _as_batch(prompts)
         limit = SamplingParams(max_tokens=params.max_tokens)
-        token_ids = [self.check(prompt, limit)[0] for prompt in batch]
+        token_ids = [self.prepare(prompt, limit)[0] for prompt in batch]
         engine = self.engine
         search = BeamSearch(
             engine.model,
@@ -228,13 +252,19 @@ class LLM:
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: float = 0.0,
+        salt: bytes = b"",
+        client: str | int | None = None,
         progress: bool | None = None,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, by the tokenizer's chat template, which gets `template`."""
+        """Answer one conversation, or several, by the tokenizer's chat template, which gets `template`.
+
+        The other arguments are those of `generate`.
+        """
         several = [conversation] if isinstance(conversation[0], Mapping) else conversation
         prompts = [self.chat_prompt(cast(Sequence[Message], messages), **template) for messages in several]
-        return self.generate(prompts, params, progress=progress)
+        return self.generate(prompts, params, priority=priority, salt=salt, client=client, progress=progress)
 
     def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue. Raises InvalidArgumentError without a template."""
@@ -249,24 +279,23 @@ class LLM:
     def check(self, prompt: TextOrTokens, params: SamplingParams | None) -> tuple[Int32s, SamplingParams]:
         """The prompt's token ids, (n,) int32, and its parameters, after every check that needs no queue.
 
-        Raises InvalidArgumentError.
+        Raises InvalidArgumentError, RequestTooLargeError.
         """
+        token_ids, params = self.prepare(prompt, params)
+        self.engine.limits.check_size(token_ids, params)
+        return token_ids, params
+
+    def prepare(self, prompt: TextOrTokens, params: SamplingParams | None) -> tuple[Int32s, SamplingParams]:
+        """As `check`, but whether there is memory for it is left to `Engine.add`, whose refusals the metrics count."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidArgumentError("a prompt that is a text needs a tokenizer: give LLM one, or token ids")
             prompt = cast(Sequence[int], self.tokenizer(prompt)["input_ids"])
         token_ids = as_token_ids("prompt", prompt)
-        vocab_size = self.engine.model.vocab_size
-        if not len(token_ids):
-            raise InvalidArgumentError("a prompt has at least one token, found none")
-        if int(token_ids.max()) >= vocab_size:
-            raise InvalidArgumentError(f"the model has tokens 0..{vocab_size - 1}, the prompt holds {token_ids.max()}")
         params = SamplingParams() if params is None else params
-        if self.max_length is not None and len(token_ids) + params.max_tokens > self.max_length:
-            raise InvalidArgumentError(
-                f"a prompt of {len(token_ids)} tokens and max_tokens={params.max_tokens} exceed the model's {self.max_length} "
-                "positions"
-            )
+        limits = self.engine.limits
+        limits.check_prompt(token_ids, params)
+        limits.check_params(params)
         return token_ids, params
 
     # The engine
@@ -283,10 +312,13 @@ class LLM:
         return self.engine.metrics()
 
     def close(self) -> None:
-        """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing.
+
+        Raises the error with which writing a timeline or a record ended; the engine is closed all the same.
+        """
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def __enter__(self) -> LLM:
         return self

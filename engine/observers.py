@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ParamSpec
 
+from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.live_requests import LiveSample
 from pagedkv.engine.metrics import EngineMetrics
 from pagedkv.engine.outputs import Completion
@@ -14,12 +16,14 @@ from pagedkv.scheduler.events import Admitted
 
 __all__ = ["Observers"]
 
+P = ParamSpec("P")
+
 
 class Observers:
     """The scheduler's event sink, and the one place that the engine tells of steps and requests.
 
     metrics:     always there
-    timeline, recorder: or None
+    timeline, recorder: or None; each ends with its first error (a disk is full), which `close` raises. Serving goes on
     on_admitted: called for requests that get a seat for the first time
     """
 
@@ -28,6 +32,7 @@ class Observers:
         self.timeline = timeline
         self.recorder: RunRecorder | None = None
         self.on_admitted: Callable[[Admitted], None] | None = None
+        self._errors = HeldErrors("files that were being written")
         self._num_waiting = 0
         self._num_used_blocks = 0
         self._scheduler: Scheduler | None = None
@@ -43,19 +48,19 @@ class Observers:
         """Pass an event of the scheduler on. O(1)."""
         self.metrics.emit(event)
         if self.timeline is not None:
-            self.timeline.emit(event)
+            self._to_timeline(self.timeline.emit, event)
         if self.on_admitted is not None and type(event) is Admitted and event.mode == "new":
             self.on_admitted(event)
 
     def on_request(self, request: Request, now: float) -> None:
         """A request was accepted."""
         if self.recorder is not None:
-            self.recorder.on_request(request, now)
+            self._to_recorder(self.recorder.on_request, request, now)
 
     def on_schedule(self, plan: StepPlan) -> None:
         """A step was planned; the counters as they are while it runs are noted."""
         if self.timeline is not None:
-            self.timeline.on_schedule(plan)
+            self._to_timeline(self.timeline.on_schedule, plan)
         if self.recorder is not None and self._scheduler is not None:
             self._num_waiting = self._scheduler.num_waiting
             self._num_used_blocks = self._scheduler.manager.memory.pool.num_used
@@ -64,9 +69,10 @@ class Observers:
         """A step was carried out and updated. O(rows) array operations."""
         self.metrics.on_step(plan, events, times.start_s, times.end_s)
         if self.timeline is not None:
-            self.timeline.on_step(plan, events, times)
+            self._to_timeline(self.timeline.on_step, plan, events, times)
         if self.recorder is not None:
-            self.recorder.on_step(
+            self._to_recorder(
+                self.recorder.on_step,
                 plan,
                 times.start_s,
                 times.end_s,
@@ -74,10 +80,15 @@ class Observers:
                 num_used_blocks=self._num_used_blocks,
             )
 
+    def on_drafter_error(self, _error: Exception) -> None:
+        """The drafter raised: some samples go without guesses."""
+        self.metrics.on_drafter_error()
+
     def on_finish(self, sample: LiveSample, completion: Completion, now: float) -> None:
         """A sample has ended."""
         if self.recorder is not None:
-            self.recorder.on_finish(
+            self._to_recorder(
+                self.recorder.on_finish,
                 sample.request.request_id,
                 sample.index,
                 completion.finish_reason,
@@ -88,8 +99,19 @@ class Observers:
             )
 
     def close(self) -> None:
-        """Complete the files."""
+        """Complete the files. Raises the error with which one ended, an ExceptionGroup for both; once."""
         if self.timeline is not None:
-            self.timeline.close()
+            self._to_timeline(self.timeline.close)
         if self.recorder is not None:
-            self.recorder.close()
+            self._to_recorder(self.recorder.close)
+        self._errors.raise_all()
+
+    def _to_timeline(self, tell: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.timeline is not None and not self._errors.call(tell, *args, **kwargs):
+            self.timeline.abandon()
+            self.timeline = None
+
+    def _to_recorder(self, tell: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.recorder is not None and not self._errors.call(tell, *args, **kwargs):
+            self.recorder.abandon()
+            self.recorder = None

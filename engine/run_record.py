@@ -39,6 +39,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,6 +55,7 @@ __all__ = ["STEP_COLUMNS", "RunRecorder"]
 
 VERSION = 1
 FLUSH_EVERY_S = 1.0
+LEAST_STEP_S = 1e-6
 OWN_ENDS = (FinishReason.LENGTH, FinishReason.STOP)
 STEP_COLUMNS = (
     "start_s",
@@ -96,6 +98,10 @@ class LineFile:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
 
 class PendingRequest:
@@ -182,14 +188,17 @@ class RunRecorder:
         """A step was carried out, from before it was planned to when its tokens were there. O(rows) array operations.
 
         num_waiting, num_used_blocks: as they were while the step ran, between `schedule` and `update`
-        A plan without rows is no step. Raises InvalidArgumentError unless origin <= start < end.
+        A plan without rows is no step. One that a coarse clock gives no time is told as a microsecond, since readers divide
+        by it. Raises InvalidArgumentError unless origin <= start <= end.
         """
         num_rows = len(plan.rows)
         if num_rows == 0:
             return
         start_s, end_s = float(start_s - self._origin_s), float(end_s - self._origin_s)
-        if not 0 <= start_s < end_s < math.inf:
-            raise InvalidArgumentError(f"a step must begin in the run and end later, found {start_s} to {end_s} s")
+        if not 0 <= start_s <= end_s < math.inf:
+            raise InvalidArgumentError(f"a step must begin in the run and not end before, found {start_s} to {end_s} s")
+        if end_s == start_s:
+            end_s += LEAST_STEP_S
         num_tokens, num_context, num_pairs = _sum_up(plan)
         self._steps.append(
             f"{start_s},{end_s},{num_rows},{num_tokens},{len(plan.sampling_rows)},{num_context},{num_pairs},"
@@ -264,6 +273,11 @@ class RunRecorder:
             num_never_admitted=self._num_left_out,
             num_unfinished=num_unfinished,
         )
+
+    def abandon(self) -> None:
+        """Let go of files that could not be written: the record stays that of a run that was cut off."""
+        self._steps.abandon()
+        self._trace.abandon()
 
     def __enter__(self) -> RunRecorder:
         return self

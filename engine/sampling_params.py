@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from pagedkv.arrays import MAX_TOKEN_ID, Int32s, as_int
+from pagedkv.arrays import MAX_TOKEN_ID, Int32s, as_int, shown
 from pagedkv.content import MAX_TOKENS
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.scheduler.request import MAX_SAMPLES, MAX_STOP_TOKENS
@@ -83,9 +83,9 @@ class SamplingParams:
         self._set("stop_token_ids", _as_stop_tokens(self.stop_token_ids))
         for name in ("ignore_eos", "include_stop_in_text"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} must be True or False, found {getattr(self, name)!r}")
+                raise InvalidArgumentError(f"{name} must be True or False, found {shown(getattr(self, name))}")
         if self.logits_processor is not None and not callable(self.logits_processor):
-            raise InvalidArgumentError(f"logits_processor must be callable, found {self.logits_processor!r}")
+            raise InvalidArgumentError(f"logits_processor must be callable, found {shown(self.logits_processor)}")
 
     def _check_counts(self) -> None:
         self._set("max_tokens", as_int("max_tokens", self.max_tokens, at_least=0, at_most=MAX_TOKENS))
@@ -136,9 +136,9 @@ class SamplingParams:
 
 def _as_number(name: str, value: object, *, at_least: float, at_most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        raise InvalidArgumentError(f"{name} must be a number, found {value!r}")
+        raise InvalidArgumentError(f"{name} must be a number, found {shown(value)}")
     if not at_least <= value <= at_most:  # Nor is this so of NaN.
-        raise InvalidArgumentError(f"{name} must be in {at_least:g}..{at_most:g}, found {value}")
+        raise InvalidArgumentError(f"{name} must be in {at_least:g}..{at_most:g}, found {shown(value)}")
     return float(value)
 
 
@@ -146,22 +146,24 @@ def _as_stops(stop: str | Iterable[str]) -> tuple[str, ...]:
     try:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
     except TypeError:
-        raise InvalidArgumentError(f"stop must be a str or several, found {stop!r}") from None
+        raise InvalidArgumentError(f"stop must be a str or several, found {shown(stop)}") from None
     if len(stops) > MAX_STOP_STRINGS:
         raise InvalidArgumentError(f"at most {MAX_STOP_STRINGS} stop strings, found {len(stops)}")
     for text in stops:
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise InvalidArgumentError(f"stop must hold str of 1 to {MAX_STOP_CHARACTERS} characters, found {text!r}")
+            raise InvalidArgumentError(
+                f"stop must hold str of 1 to {MAX_STOP_CHARACTERS} characters, found {shown(text)}"
+            )
     return stops
 
 
 def _as_stop_tokens(stop_token_ids: Iterable[int]) -> tuple[int, ...]:
     if isinstance(stop_token_ids, str | bytes):  # Bytes would pass as whole numbers.
-        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {stop_token_ids!r}")
+        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {shown(stop_token_ids)}")
     try:
         token_ids = tuple(stop_token_ids)
     except TypeError:
-        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {stop_token_ids!r}") from None
+        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {shown(stop_token_ids)}") from None
     if len(token_ids) > MAX_STOP_TOKENS:
         raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {len(token_ids)}")
     return tuple(as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID) for token_id in token_ids)

@@ -170,6 +170,10 @@ class Timeline:
         """Complete the file. Tracks of live requests stay open, which viewers show as unfinished."""
         self._file.close()
 
+    def abandon(self) -> None:
+        """Let go of a file that could not be written. What it holds still loads."""
+        self._file.abandon()
+
     def __enter__(self) -> Timeline:
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -66,4 +67,11 @@ class TraceFile:
         self._file.flush()
         if self._owns_file:
             self._file.close()
+        self._file = None
+
+    def abandon(self) -> None:
+        """Let go of the file as it is, after an error: nothing more comes, and what that raises says nothing new."""
+        if self._file is not None and self._owns_file:
+            with suppress(OSError):
+                self._file.close()
         self._file = None

@@ -18,7 +18,8 @@ __all__ = ["FinishReason", "Request"]
 MAX_SAMPLES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_ID_BYTES = 2**20
-MAX_CLIENT = 4096
+MAX_CLIENT_CHARACTERS = 4096
+MAX_CLIENT_NUMBER = 2**64
 
 
 class FinishReason(StrEnum):
@@ -67,8 +68,15 @@ class Request:
 
     def _check_owner(self) -> None:
         """Who asks, and what keeps its blocks apart from others'."""
-        if not isinstance(self.client, str | int | None) or len(str(self.client)[: MAX_CLIENT + 1]) > MAX_CLIENT:
-            raise InvalidArgumentError(f"client must be a number or a str, at most {MAX_CLIENT} characters")
+        client = self.client
+        if isinstance(client, str):
+            is_fine = len(client) <= MAX_CLIENT_CHARACTERS
+        else:  # Python does not even write a number of more than 4,300 digits.
+            is_fine = client is None or (isinstance(client, int) and abs(client) < MAX_CLIENT_NUMBER)
+        if not is_fine:
+            raise InvalidArgumentError(
+                f"client must be a str of at most {MAX_CLIENT_CHARACTERS} characters, or a whole number within 64 bits"
+            )
         check_salt(self.salt)
         check_adapter(self.adapter)
         object.__setattr__(self, "extras", as_extras(self.extras))

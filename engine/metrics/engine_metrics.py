@@ -125,6 +125,11 @@ class EngineMetrics:
                 self._end_finished(end_s)
             self._read_gauges()
 
+    def on_drafter_error(self) -> None:
+        """A drafter raised, and its guesses were done without. O(1)."""
+        with self._lock:
+            self._counts["num_drafter_errors"] += 1
+
     # Reading
 
     def snapshot(self) -> MetricsSnapshot:

@@ -16,7 +16,7 @@ GAUGES = MappingProxyType(
     }
 )
 
-# The last two are our own: vLLM has no such names.
+# The last three are our own: vLLM has no such names.
 COUNTERS = MappingProxyType(
     {
         "prefix_cache_queries": "Tokens looked up in the prefix cache, by requests that were not preempted.",
@@ -29,6 +29,7 @@ COUNTERS = MappingProxyType(
         "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",
         "num_requests_refused": "Requests that could never fit.",
         "num_failed_steps": "Steps that were not carried out.",
+        "num_drafter_errors": "Times that a drafter raised.",
     }
 )
 

@@ -32,6 +32,7 @@ class MetricsSnapshot:
     spec_decode_num_accepted_tokens: int
     num_requests_refused: int
     num_failed_steps: int
+    num_drafter_errors: int
     request_success: Mapping[str, int]
     time_to_first_token_seconds: HistogramSnapshot
     inter_token_latency_seconds: HistogramSnapshot

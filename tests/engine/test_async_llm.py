@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_a_slow_reader_gets_merged_pieces(llm: LLM) -> None:
         async with AsyncLLM(llm) as engine:
             async for piece in engine.stream(PROMPT, GREEDY):
                 pieces.append(piece)
-                await until(lambda: not engine._engine.has_work)
+                await until(lambda: not llm.engine.has_work)
         return pieces
 
     pieces = run(main())
@@ -181,7 +182,7 @@ def test_a_reader_that_never_reads_holds_nobody_up_and_its_request_ends(llm: LLM
             silent = engine.stream(PROMPT, LONG)
             first = await anext(silent)
             other = await engine.generate([9, 8, 7], GREEDY)
-            await until(lambda: not engine._engine.has_work)
+            await until(lambda: not llm.engine.has_work)
             rest = [piece async for piece in silent]
             assert len(rest) == 1
             return len(other.token_ids), len(first.token_ids) + len(rest[0].token_ids)
@@ -259,13 +260,13 @@ def test_what_cannot_be_done_is_refused_to_its_caller_only(
 
 def test_a_long_text_is_tokenized_beside_the_loop_and_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    check = llm.check
+    prepare = llm.prepare
 
     def note(*arguments: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return check(*arguments)
+        return prepare(*arguments)
 
-    monkeypatch.setattr(llm, "check", note)
+    monkeypatch.setattr(llm, "prepare", note)
 
     async def main() -> None:
         async with AsyncLLM(llm) as engine:
@@ -343,6 +344,60 @@ def test_a_dead_engine_thread_leaves_nobody_waiting(llm: LLM, monkeypatch: pytes
         await engine.close()
 
     run(main())
+
+
+def test_a_closed_engine_holds_no_memory_for_keys_and_values_even_while_it_is_referred_to(llm: LLM) -> None:
+    async def main() -> bool:
+        storage = weakref.ref(llm.engine.storage)
+        engine = AsyncLLM(llm)
+        await engine.generate(PROMPT, GREEDY)
+        await engine.close()
+        return engine.is_closed and storage() is None
+
+    assert run(main())
+
+
+def test_a_check_finds_what_can_never_fit_and_only_a_request_is_counted_as_refused() -> None:
+    too_long = SamplingParams(max_tokens=507)
+
+    async def main() -> tuple[int, int]:
+        async with AsyncLLM(make_llm(num_blocks=100)) as engine:
+            with pytest.raises(RequestTooLargeError, match="can never run"):
+                await engine.check(PROMPT, too_long)
+            checked = engine.metrics().num_requests_refused
+            with pytest.raises(RequestTooLargeError, match="can never run"):
+                await engine.generate(PROMPT, too_long)
+            return checked, engine.metrics().num_requests_refused
+
+    assert run(main()) == (0, 1)
+
+
+def test_a_closed_engine_makes_no_prompts_of_chats(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            pass
+        with pytest.raises(EngineClosedError, match="the engine was closed"):
+            await engine.chat_prompt([{"role": "user", "content": "Hello?"}])
+
+    run(main())
+
+
+def test_what_one_callers_argument_raises_is_that_callers_alone(llm: LLM) -> None:
+    class Broken(float):
+        def __abs__(self) -> float:
+            raise ZeroDivisionError("a number that is none")
+
+    async def main() -> list[Any]:
+        async with AsyncLLM(llm) as engine:
+            work = [engine.generate(PROMPT, GREEDY, priority=priority) for priority in (0.0, Broken(1), 1.0)]
+            work.append(engine.generate(PROMPT, GREEDY, client=10**5000))
+            return await asyncio.gather(*work, return_exceptions=True)
+
+    first, broken, last, huge = run(main())
+
+    assert first.token_ids == last.token_ids
+    assert isinstance(broken, ZeroDivisionError)
+    assert isinstance(huge, InvalidArgumentError)
 
 
 def test_what_closing_raises_reaches_who_closes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from families import make_model
 
 from pagedkv.engine import LLM, AsyncLLM, ModelStepError, RequestOutput, SamplingParams
-from pagedkv.engine.sampling import BadLogitsError
+from pagedkv.engine.sampling import BadLogitsError, Sampler
 from pagedkv.engine.step_inputs import StepInputs
 
 MODEL = make_model("llama")
@@ -345,6 +345,20 @@ def test_a_sampler_that_runs_out_of_memory_once_changes_nothing(llm: LLM, monkey
     params = SamplingParams(max_tokens=10, seed=1, repetition_penalty=1.3)
 
     assert tokens_of(llm.generate(PROMPTS, params)) == quiet_tokens(PROMPTS, params)
+
+
+def test_a_sampler_that_takes_nobody_ends_who_would_be_seated_and_no_later_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: Any, **_more: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "seat", refuse)
+        outputs = llm.generate(PROMPTS[:3], GREEDY)
+
+    assert [type(output.error) for output in outputs] == [ModelStepError] * 3
+    assert tokens_of(llm.generate(PROMPTS, GREEDY)) == quiet_tokens(PROMPTS, GREEDY)
 
 
 def test_a_model_that_fails_for_one_asynchronous_caller_serves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from families import VOCABULARY, make_model
+from tokenizers_for_tests import make_tokenizer
 
 from pagedkv import ConfigError, InvalidArgumentError
 from pagedkv.engine import (
@@ -19,7 +21,7 @@ from pagedkv.engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from pagedkv.scheduler import RequestTooLargeError
+from pagedkv.scheduler import RequestTooLargeError, SchedulerConfig
 
 PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -151,6 +153,28 @@ def test_a_stream_yields_every_token_and_closing_it_early_frees_everything(model
     assert llm.engine.scheduler.manager.statistics().num_used == 0
 
 
+def test_a_text_that_nobody_streams_is_decoded_in_a_few_calls_and_is_the_streamed_one(model: Any) -> None:
+    tokenizer = make_tokenizer()
+    params = SamplingParams(max_tokens=40, seed=3)
+    streamed = "".join(piece.text for piece in make_llm(model, tokenizer=tokenizer).stream(PROMPTS[0], params))
+    num_calls = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def decode(self, *arguments: Any, **options: Any) -> str:
+            nonlocal num_calls
+            num_calls += 1
+            return tokenizer.decode(*arguments, **options)
+
+    output = make_llm(model, tokenizer=Counting()).generate(PROMPTS[0], params)[0]
+
+    assert len(output.token_ids) == 40
+    assert output.text == streamed
+    assert num_calls <= 12
+
+
 def test_two_streams_and_a_batch_run_in_the_same_steps(model: Any) -> None:
     llm = make_llm(model)
     expected = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
@@ -187,6 +211,49 @@ def test_bad_requests_are_refused_before_anything_runs(model: Any, prompt: Any, 
     assert not llm.engine.has_work
 
 
+NEVER_FITS = [
+    (SamplingParams(stop="x"), InvalidArgumentError, "stop strings need a tokenizer"),
+    (SamplingParams(logprobs=161), InvalidArgumentError, "logprobs 161 exceeds the vocabulary of 160 tokens"),
+    (
+        SamplingParams(max_tokens=30),
+        RequestTooLargeError,
+        "can never run: 4 prompt \\+ 30 new tokens need 9 blocks of 4, the pool has 8",
+    ),
+    (
+        SamplingParams(max_tokens=8, n=257),
+        RequestTooLargeError,
+        "can never run: 257 samples need as many seats, there are 256",
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "error", "message"), NEVER_FITS)
+def test_a_check_finds_what_no_queue_is_needed_for(model: Any, params: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_llm(model, num_blocks=8).check(PROMPTS[0], params)
+
+
+@pytest.mark.parametrize(("params", "error", "message"), NEVER_FITS)
+def test_no_prompt_of_a_batch_is_queued_if_one_can_never_run(
+    model: Any, params: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(model, num_blocks=8)
+    added: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine, "add", lambda *arguments, **_more: added.append(arguments))
+        with pytest.raises(error, match=message):
+            llm.generate([PROMPTS[0]] * 2, [GREEDY, params])
+
+    assert added == []
+
+
+def test_a_check_knows_a_clients_share(model: Any) -> None:
+    llm = make_llm(model, num_blocks=8, scheduler_config=SchedulerConfig(64, 4, watermark=0, client_share=0.5))
+
+    with pytest.raises(RequestTooLargeError, match="a client's share is 2 and 4"):
+        llm.check(PROMPTS[0], SamplingParams(max_tokens=20))
+
+
 def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: Any) -> None:
     llm = make_llm(model, num_blocks=8)
 
@@ -195,6 +262,19 @@ def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: A
 
     assert not llm.engine.has_work
     assert llm.generate(PROMPTS[0], GREEDY)[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream", "chat"])
+def test_priority_salt_and_client_reach_the_scheduler(model: Any, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm(make_model("llama", vocab_size=267), tokenizer=make_tokenizer())
+    added: list[Any] = []
+    add = llm.engine.scheduler.add
+    monkeypatch.setattr(llm.engine.scheduler, "add", lambda request, now: (added.append(request), add(request, now)))
+    prompt = [{"role": "user", "content": "Hello?"}] if verb == "chat" else PROMPTS[0]
+
+    list(getattr(llm, verb)(prompt, GREEDY, priority=-2.5, salt=b"tenant", client="somebody"))
+
+    assert [(request.priority, request.salt, request.client) for request in added] == [(-2.5, b"tenant", "somebody")]
 
 
 def test_numbers_of_params_and_prompts_must_agree(model: Any) -> None:
@@ -212,6 +292,35 @@ def test_a_closed_llm_takes_nothing_and_closing_twice_is_fine(model: Any) -> Non
 
 
 # Memory
+
+
+def test_an_llm_holds_no_results_that_its_caller_let_go_of(model: Any) -> None:
+    llm = make_llm(model)
+    held: list[weakref.ref[Any]] = []
+
+    class Held:
+        def __call__(self, output: Any) -> None:
+            """Somebody who waits for a request's end."""
+
+    for number in range(3):
+        waiting = Held()
+        held.append(weakref.ref(waiting))
+        llm.engine.add(str(number), np.array([1, 2], np.int32), GREEDY, on_finish=waiting)
+    del waiting
+    while llm.engine.has_work:
+        llm.engine.step()
+
+    assert [each() for each in held] == [None] * 3
+
+
+def test_a_closed_llm_holds_no_memory_for_keys_and_values(model: Any) -> None:
+    llm = make_llm(model)
+    llm.generate(PROMPTS, GREEDY)
+    storage = weakref.ref(llm.engine.storage)
+
+    llm.close()
+
+    assert storage() is None
 
 
 def test_memory_in_bytes_gives_as_many_blocks_as_fit(model: Any) -> None:

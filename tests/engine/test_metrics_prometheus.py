@@ -54,6 +54,7 @@ def test_names_and_types_are_those_of_vllm(metrics):
         "vllm:spec_decode_num_accepted_tokens": "counter",
         "vllm:num_requests_refused": "counter",
         "vllm:num_failed_steps": "counter",
+        "vllm:num_drafter_errors": "counter",
         "vllm:request_success": "counter",
         "vllm:time_to_first_token_seconds": "histogram",
         "vllm:inter_token_latency_seconds": "histogram",

@@ -177,12 +177,21 @@ def test_a_mistake_is_refused_and_the_record_goes_on(scheduler: Scheduler, tmp_p
     assert lines_of(tmp_path / "run" / "trace.jsonl")[0]["request_id"] == "a"
 
 
-def test_a_step_that_takes_no_time_is_refused(scheduler: Scheduler, tmp_path: Path) -> None:
+def test_a_step_that_a_coarse_clock_gives_no_time_takes_a_microsecond(scheduler: Scheduler, tmp_path: Path) -> None:
     scheduler.add(Request("a", [1], 9), 0.0)
     plan = scheduler.schedule(0.0)
     with RunRecorder(tmp_path / "run", scheduler) as recorder:
-        for start, end in ((1.0, 1.0), (-1.0, 1.0), (1.0, math.nan)):
-            with pytest.raises(InvalidArgumentError, match="must begin in the run and end later"):
+        recorder.on_step(plan, 1.0, 1.0, num_waiting=0, num_used_blocks=1)
+
+    assert (tmp_path / "run" / "steps.csv").read_text().splitlines()[1].startswith("1.0,1.000001,")
+
+
+def test_a_step_that_ends_before_it_begins_is_refused(scheduler: Scheduler, tmp_path: Path) -> None:
+    scheduler.add(Request("a", [1], 9), 0.0)
+    plan = scheduler.schedule(0.0)
+    with RunRecorder(tmp_path / "run", scheduler) as recorder:
+        for start, end in ((1.0, 0.5), (-1.0, 1.0), (1.0, math.nan)):
+            with pytest.raises(InvalidArgumentError, match="must begin in the run and not end before"):
                 recorder.on_step(plan, start, end, num_waiting=0, num_used_blocks=1)
 
 

@@ -70,6 +70,26 @@ def test_a_value_outside_its_range_is_refused(values: dict[str, Any], message: s
         SamplingParams(**values)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 10**5000},
+        {"presence_penalty": -(10**5000)},
+        {"temperature": "a" * 10**6},
+        {"stop": "a" * 10**6},
+        {"stop_token_ids": "a" * 10**6},
+        {"ignore_eos": "a" * 10**6},
+        {"logits_processor": "a" * 10**6},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_huge_value_is_refused_without_being_printed(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        SamplingParams(**values)
+
+    assert len(str(caught.value)) < 150
+
+
 def test_the_ends_of_each_range_are_accepted() -> None:
     SamplingParams(max_tokens=0, min_tokens=0, temperature=0, top_k=1, top_p=1, min_p=0, seed=0, logprobs=0)
     SamplingParams(max_tokens=2**26, min_tokens=2**26, temperature=1e5, top_k=2**31 - 1, top_p=1e-9, min_p=1, n=1024)

@@ -108,3 +108,40 @@ def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"150.*160|160.*150"):
         LLM(model_of("llama"), num_blocks=64, drafter=drafter, self_check=False)
+
+
+class Broken:
+    """An n-gram drafter that raises whenever one of its verbs is called."""
+
+    def __init__(self, verb: str) -> None:
+        self.drafter = NgramDrafter(min_ngram=1)
+        self.verb = verb
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self.verb:
+            return getattr(self.drafter, name)
+
+        def fail(*_arguments: Any, **_more: Any) -> None:
+            raise OSError("the drafter's server is gone")
+
+        return fail
+
+
+@pytest.mark.parametrize("verb", ["begin", "extend", "end", "propose"])
+def test_a_drafter_that_raises_ends_no_request_and_is_counted(verb: str) -> None:
+    llm = LLM(model_of("llama"), num_blocks=128, block_size=4, self_check=False, drafter=Broken(verb))
+
+    assert tokens_of(llm) == plain("llama")
+    assert llm.metrics().num_drafter_errors > 0
+    assert llm.metrics().num_failed_steps == 0
+    llm.close()
+
+
+@pytest.mark.parametrize("guess", [np.array([VOCABULARY], np.int32), np.array([-1]), np.array([1.5]), None])
+def test_a_guess_that_is_no_token_ends_no_request_and_is_counted(guess: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NgramDrafter, "propose", lambda _self, keys, _limits: [guess] * len(keys))
+    llm = LLM(model_of("llama"), num_blocks=128, block_size=4, self_check=False, drafter=NgramDrafter(min_ngram=1))
+
+    assert tokens_of(llm) == plain("llama")
+    assert llm.metrics().num_drafter_errors > 0
+    assert llm.metrics().num_failed_steps == 0
