@@ -202,11 +202,11 @@ class CheckedCalls:
 
     def _fail_free(self, verb: str, tier: str, found: int, expected: int) -> NoReturn:
         """Say which invariant a wrong number of free blocks breaks."""
-        what = f"{found} {tier} blocks are free after {self.log[-1]}, the tables leave {expected}"
+        what = f"{found} {tier} blocks are free after {shown(self.calls[-1])}, the tables leave {expected}"
         self.compare_tables()
         invariant = "I9" if verb == "close" else "I2"
         if found > expected and tier == "device" and self._hands_out_held_blocks(found):
-            invariant = "I1"
+            invariant, what = "I1", f"{what}: asked for them all, it hands out blocks that tables name"
         self.fail(invariant, what)
 
     def compare_tables(self) -> None:
@@ -237,14 +237,15 @@ class CheckedCalls:
             except InvariantViolation:
                 raise
             except ANYTHING as error:
-                self.fail("I1", f"its own check raised {shown_error(error)} after {self.log[-1]}")
+                self.fail("I1", f"its own check raised {shown_error(error)} after {shown(self.calls[-1])}")
 
     def compare_table(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
         """One table: nothing but its own verbs may change it."""
         found = self.table(sequence_id)
         if found != sequence.blocks:
             self.fail(
-                "I1", f"block table of {sequence_id!r} after {self.log[-1]}: expected {sequence.blocks}, found {found}"
+                "I1",
+                f"block table of {sequence_id!r} after {shown(self.calls[-1])}: expected {sequence.blocks}, found {found}",
             )
 
     def read(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
@@ -258,7 +259,7 @@ class CheckedCalls:
             self.fail(
                 invariant,
                 f"token {position} of {sequence_id!r}, in {'host ' * is_swapped}block {block_id}, is not what was written for "
-                f"it, after {self.log[-1]}",
+                f"it, after {shown(self.calls[-1])}",
             )
 
     def table(self, sequence_id: Hashable) -> list[int]:
