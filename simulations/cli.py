@@ -14,6 +14,7 @@ import typer
 from pagedkv import ConfigError, PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
 from pagedkv.simulations.cost_models import DEVICES, MODELS, load_cost_model
+from pagedkv.simulations.file_errors import make_folder
 from pagedkv.simulations.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def replay(
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
+    make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(requests)) as progress:
         run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
     summary = summarize(run)
@@ -199,6 +201,7 @@ def _replay_recorded(
     from pagedkv.simulations.run_records import read_run
 
     record = read_run(folder)
+    make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(record.trace)) as progress:
         run = replay_run(record, costs, options, sink=sink, progress=progress)
     summary = {**summarize(run), "comparison": compare_run(record, run)}

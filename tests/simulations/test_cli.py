@@ -158,3 +158,26 @@ def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> N
         2,
         "error: the pagedkv command needs msgspec: pip install 'pagedkv[sim]'\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "expected a folder, found a file in the way of file"),
+        ("file/below", "expected a folder, found a file in the way of file/below"),
+        ("/proc/x", "expected a folder that can be made, found /proc/x: no such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_replay(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code = (
+        "import sys, pagedkv.simulations.replay as module\n"
+        "module.replay = None\n"  # A replay would be a traceback.
+        f"sys.argv = ['pagedkv', 'replay', '--out', {out!r}]\n"
+        "from pagedkv.simulations.cli import main\n"
+        "main()\n"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: --out: {message}\n")

@@ -97,9 +97,7 @@ def test_counting_held_blocks_as_free_is_i2_and_handing_them_out_is_i1() -> None
     trial.open("a", [1])
     trial.append("a", 1)
 
-    with pytest.raises(
-        InvariantViolation, match=r"I1: 4 device blocks .* hands out blocks that tables name"
-    ):
+    with pytest.raises(InvariantViolation, match=r"I1: 4 device blocks .* hands out blocks that tables name"):
         trial.extend("a", [2])
 
 
