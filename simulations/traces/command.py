@@ -103,6 +103,7 @@ def convert(
 
 @app.command()
 def generate(
+    context: typer.Context,
     out: OutPath,
     num_requests: Annotated[int, typer.Option(help="Requests in the trace.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random generator; the same seed, the same trace.")] = 0,
@@ -122,6 +123,8 @@ def generate(
 ) -> None:
     """Generate a synthetic trace: Gamma arrivals, log-normal lengths, shared system prompts, several clients."""
     with _errors_on_one_line():
+        if not num_prefixes:
+            _refuse_without_prefixes(context)
         trace = generate_trace(
             num_requests,
             rng=np.random.default_rng(seed),
@@ -134,6 +137,14 @@ def generate(
         )
         digest = write_trace(trace, out)
     typer.echo(f"{out}: {len(trace)} requests, sha256 {digest}")
+
+
+def _refuse_without_prefixes(context: typer.Context) -> None:
+    """Raise InvalidArgumentError for an option on the command line that nothing would come of."""
+    for name in ("prefix_tokens", "prefix_share", "block_size"):
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidArgumentError(f"{option}: does nothing without --num-prefixes: give that, too")
 
 
 @contextmanager
