@@ -151,6 +151,15 @@ def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
     )
 
 
+def test_an_interrupt_during_the_imports_is_silent(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pagedkv.__main__ as command; command.main()"
+
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
 def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "msgspec.py").write_text("raise ModuleNotFoundError('no msgspec', name='msgspec')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pagedkv.__main__ as command; command.main()"
