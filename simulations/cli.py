@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +137,7 @@ def replay(
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.replay import ReplayConfig
     from pagedkv.simulations.replay import replay as run_replay
-    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.reports import print_summary, summary_text, write_reports
     from pagedkv.simulations.traces import load_trace, sample_trace
 
     config = ReplayConfig(
@@ -178,7 +177,7 @@ def replay(
     summary = summarize(run)
     paths = write_reports(run, out, summary)
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(summary_text(run, summary))
     else:
         print_summary(run, summary, paths)
 
@@ -196,7 +195,7 @@ def _replay_recorded(
     """Replay a recorded run and compare: the same reports, with `comparison` among the figures."""
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.recorded_replay import replay_run
-    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.reports import print_summary, summary_text, write_reports
     from pagedkv.simulations.run_comparison import compare_run, print_comparison
     from pagedkv.simulations.run_records import read_run
 
@@ -207,7 +206,7 @@ def _replay_recorded(
     summary = {**summarize(run), "comparison": compare_run(record, run)}
     paths = write_reports(run, out, summary)
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(summary_text(run, summary))
         return
     print_summary(run, summary, paths)
     typer.echo()

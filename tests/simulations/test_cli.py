@@ -25,6 +25,7 @@ def test_without_a_trace_the_sample_is_replayed_and_reports_are_written(tmp_path
     assert result.returncode == 0
     assert result.stderr == ""
     assert "requests finished       400" in result.stdout
+    assert "\nKV memory  28,693 blocks of 16 tokens (56.0 GiB)\n" in result.stdout
     names = {path.name for path in (tmp_path / "pagedkv-report").iterdir()}
     assert names == {"summary.json", "requests.csv", "report.html", "trace.perfetto.json"}
     assert "pagedkv-report/report.html" in result.stdout
@@ -35,7 +36,11 @@ def test_json_is_for_machines(tmp_path: Path) -> None:
 
     result = run("replay", "t.csv", "--json", cwd=tmp_path)
 
-    assert json.loads(result.stdout)["num_finished"] == 2
+    shown = json.loads(result.stdout)
+    assert shown["num_finished"] == 2
+    assert shown["trace"]["name"] == "t"
+    assert shown["configuration"]["model"] == "Llama-3-8B"
+    assert shown == json.loads((tmp_path / "pagedkv-report" / "summary.json").read_text())
 
 
 def test_help_names_every_option_and_version_is_shown(tmp_path: Path) -> None:
