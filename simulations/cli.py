@@ -6,20 +6,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from pagedkv import ConfigError, PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
 from pagedkv.simulations.cost_models import DEVICES, MODELS, load_cost_model
-from pagedkv.simulations.file_errors import make_folder
+from pagedkv.simulations.file_errors import make_folder, one_line
 from pagedkv.simulations.progress import progress_bar
 
 if TYPE_CHECKING:
     from pagedkv.simulations.replay import ReplayConfig, StepCosts
 
 __all__ = ["app", "main"]
+
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""What typer raises for a wrong option, a missing argument and the like: it has no public name for all of these."""
 
 app = typer.Typer(
     add_completion=False,
@@ -121,7 +124,7 @@ def replay(
     max_bypasses: Annotated[
         int, typer.Option(help="How often a request that does not fit may be passed.", rich_help_panel="Scheduling")
     ] = 4,
-    limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N", min=1)] = None,
     rate_scale: Annotated[float, typer.Option(help="2 lets requests arrive twice as fast.")] = 1.0,
     session_gap: Annotated[
         float, typer.Option(help="Seconds between the starts of sessions, for traces of sessions.")
@@ -220,7 +223,11 @@ def _event_log(path: Path | None) -> Iterator[EventSink | None]:
     if path is None:
         yield None
         return
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    try:
+        file = path.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ConfigError(f"--events: expected a file that can be written, found {one_line(error)}") from None
+    with file:
         yield EventLog(file)
 
 
@@ -245,10 +252,14 @@ def main() -> None:
     if sys.argv[1:2] != ["replay"]:  # Its imports would be a tenth of a replay's start-up.
         _mount_others()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        message = " ".join(error.format_message().split())
+        if message:  # Else help was asked for by giving nothing at all, and has been shown.
+            typer.echo(f"error: {message}", err=True)
     except (PagedKVError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        typer.echo(f"error: {one_line(error)}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

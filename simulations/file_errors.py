@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pagedkv.errors import ConfigError
 
-__all__ = ["describe_os_error", "make_folder", "one_line"]
+__all__ = ["about", "describe_os_error", "make_folder", "one_line"]
 
 
 def describe_os_error(error: OSError) -> str:
@@ -15,6 +15,11 @@ def describe_os_error(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return "a directory" if isinstance(error, IsADirectoryError) else (error.strerror or type(error).__name__).lower()
+
+
+def about(path: Path, error: OSError) -> OSError:
+    """The same error of another file. Python picks the subclass by the number."""
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 def one_line(error: Exception) -> str:

@@ -6,9 +6,13 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from pagedkv.simulations import cache_command
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
@@ -127,6 +131,47 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
     assert result.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("replay --limit 0", "Invalid value for '--limit': "),
+        ("replay --num-blocks abc", "Invalid value for '--num-blocks': "),
+        ("replay --nope", "No such option: --nope"),
+        ("cache", "Missing argument 'TRACE'."),
+        ("replay --cost-model nofile", "nofile: expected a readable file, found no such file\n"),
+        (
+            "replay --events no/x",
+            "--events: expected a file that can be written, found no/x: no such file or directory\n",
+        ),
+        ("traces generate o.jsonl --prompt-median 0", "--prompt-median: expected 1 to 16777216 tokens, found 0.0\n"),
+        ("traces generate o.jsonl --output-max 0", "--output-max: expected 1 to 16777216 tokens, found 0\n"),
+        (
+            "traces generate o.jsonl --num-prefixes 1 --prefix-tokens 0",
+            "--prefix-tokens: expected 1 to 16777215, found 0\n",
+        ),
+        ("traces generate o.jsonl --num-requests 0", "--num-requests: expected 1 to 10000000, found 0\n"),
+        ("traces convert t.csv no/o.jsonl", "no/o.jsonl: no such file or directory\n"),
+    ],
+)
+def test_a_mistake_is_told_by_the_option_or_file_that_the_user_gave(
+    tmp_path: Path, arguments: str, message: str
+) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+
+    result = run(*arguments.split(), cwd=tmp_path)
+
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_a_command_help_is_shown(tmp_path: Path) -> None:
+    result = run(cwd=tmp_path)
+
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "Usage: " in result.stdout
+
+
 def test_the_cache_command_prints_policies_beside_the_optimum_and_the_ceiling(tmp_path: Path) -> None:
     requests = [(8, [1, 2]), (8, [3, 4]), (8, [1, 2]), (12, [1, 2, 5])]
     rows = [
@@ -143,6 +188,26 @@ def test_the_cache_command_prints_policies_beside_the_optimum_and_the_ceiling(tm
     assert shown["hit_ratios"]["MIN"] == [4 / 9, 4 / 9]
     assert shown["infinite"] == 4 / 9
     assert "infinite cache: 0.4444 (5 distinct blocks of 4 tokens)" in run("cache", "t.jsonl", cwd=tmp_path).stdout
+
+
+def test_the_cache_command_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[object] = []
+
+    @contextmanager
+    def bar(doing: str, total: float) -> Iterator[Callable[[float], None]]:
+        shown.append((doing, total))
+        yield shown.append
+
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(cache_command, "progress_bar", bar)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], as_json=True)
+
+    assert shown == [("passing over the trace", 11), *range(1, 11)]
+    assert json.loads(capsys.readouterr().out)["infinite"] == 0
 
 
 def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
