@@ -4,6 +4,9 @@ import sys
 
 COMMAND_NEEDS = ("msgspec", "plotly", "rich", "typer")
 
+INTERRUPTED = 130
+"""What a shell says of a command that ctrl-C ended: 128 and the signal's number."""
+
 
 def main() -> None:
     """Run the command, or say in one line which extra brings what it needs."""
@@ -11,6 +14,8 @@ def main() -> None:
         from pagedkv.simulations.cli import main as run
 
         run()
+    except KeyboardInterrupt:  # While the imports last, nobody else looks out for it.
+        sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name not in COMMAND_NEEDS:
             raise

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from pagedkv import TraceError
 from pagedkv.eviction import POLICY_NAMES, make_policy
-from pagedkv.simulations.cache_pass import num_distinct_blocks, replay_cache
+from pagedkv.simulations.cache_pass import CachePass, num_distinct_blocks, replay_cache
 from pagedkv.simulations.offline_optimum import offline_optimum
+from pagedkv.simulations.progress import progress_bar
 from pagedkv.simulations.traces import Trace, load_trace
 
 __all__ = ["cache"]
@@ -33,7 +38,8 @@ def cache(
     """Print the share of prompt blocks that a prefix cache would hit, by eviction policy and capacity.
 
     No scheduler and no time: requests one after the other. MIN is the most that any policy could hit; the infinite cache is
-    the ceiling of both.
+    the ceiling of both. One pass over the trace for each policy and capacity: a minute or more for millions of blocks; on a
+    terminal a bar shows how far it is.
     """
     requests = load_trace(trace)
     if requests.content_block_size is None:
@@ -41,12 +47,7 @@ def cache(
     ids = [requests.content_ids(i) for i in range(len(requests))]
     num_distinct = num_distinct_blocks(ids)
     capacities = capacity or [max(1, round(share * num_distinct)) for share in DEFAULT_SHARES]
-    ratios = {
-        name: [replay_cache(ids, size, partial(make_policy, name)).hit_ratio for size in capacities]
-        for name in POLICY_NAMES
-    }
-    ratios["MIN"] = [offline_optimum(ids, size).hit_ratio for size in capacities]
-    ceiling = offline_optimum(ids, num_distinct).hit_ratio
+    ratios, ceiling = _hit_ratios(ids, capacities, num_distinct)
     if as_json:
         content = {"trace": requests.name, "block_size": requests.content_block_size, "capacities": capacities}
         typer.echo(
@@ -54,6 +55,23 @@ def cache(
         )
     else:
         _print(requests, capacities, ratios, ceiling, num_distinct)
+
+
+def _hit_ratios(
+    ids: list[NDArray[np.int64]], capacities: list[int], num_distinct: int
+) -> tuple[dict[str, list[float]], float]:
+    """Hit ratios by policy, MIN the last of them, and the infinite cache's. Shows passes over the trace as they end."""
+    passes: dict[str, Callable[[int], CachePass]] = {
+        name: partial(replay_cache, ids, policy=partial(make_policy, name)) for name in POLICY_NAMES
+    }
+    passes["MIN"] = partial(offline_optimum, ids)
+    ratios: dict[str, list[float]] = {name: [] for name in passes}
+    with progress_bar("passing over the trace", len(passes) * len(capacities) + 1) as progress:
+        for num_done, (name, size) in enumerate(product(passes, capacities), start=1):
+            ratios[name].append(passes[name](size).hit_ratio)
+            if progress is not None:
+                progress(num_done)
+        return ratios, offline_optimum(ids, num_distinct).hit_ratio
 
 
 def _print(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from pagedkv import ConfigError, PagedKVError, __version__
 from pagedkv.scheduler import EventLog, EventSink
 from pagedkv.simulations.cost_models import DEVICES, MODELS, load_cost_model
+from pagedkv.simulations.file_errors import make_folder, one_line
 from pagedkv.simulations.progress import progress_bar
 
 if TYPE_CHECKING:
     from pagedkv.simulations.replay import ReplayConfig, StepCosts
 
 __all__ = ["app", "main"]
+
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""What typer raises for a wrong option, a missing argument and the like: it has no public name for all of these."""
 
 app = typer.Typer(
     add_completion=False,
@@ -128,7 +131,7 @@ def replay(
     max_bypasses: Annotated[
         int, typer.Option(help="How often a request that does not fit may be passed.", rich_help_panel="Scheduling")
     ] = 4,
-    limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N", min=1)] = None,
     rate_scale: Annotated[float, typer.Option(help="2 lets requests arrive twice as fast.")] = 1.0,
     session_gap: Annotated[
         float, typer.Option(help="Seconds between the starts of sessions, for traces of sessions.")
@@ -144,7 +147,7 @@ def replay(
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.replay import ReplayConfig
     from pagedkv.simulations.replay import replay as run_replay
-    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.reports import print_summary, summary_text, write_reports
     from pagedkv.simulations.traces import load_trace, sample_trace
 
     config = ReplayConfig(
@@ -179,12 +182,13 @@ def replay(
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
+    make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(requests)) as progress:
         run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
     summary = summarize(run)
     paths = write_reports(run, out, summary)
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(summary_text(run, summary))
     else:
         print_summary(run, summary, paths)
 
@@ -202,17 +206,18 @@ def _replay_recorded(
     """Replay a recorded run and compare: the same reports, with `comparison` among the figures."""
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.recorded_replay import replay_run
-    from pagedkv.simulations.reports import print_summary, write_reports
+    from pagedkv.simulations.reports import print_summary, summary_text, write_reports
     from pagedkv.simulations.run_comparison import compare_run, print_comparison
     from pagedkv.simulations.run_records import read_run
 
     record = read_run(folder)
+    make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(record.trace)) as progress:
         run = replay_run(record, costs, options, sink=sink, progress=progress)
     summary = {**summarize(run), "comparison": compare_run(record, run)}
     paths = write_reports(run, out, summary)
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(summary_text(run, summary))
         return
     print_summary(run, summary, paths)
     typer.echo()
@@ -226,7 +231,11 @@ def _event_log(path: Path | None) -> Iterator[EventSink | None]:
     if path is None:
         yield None
         return
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    try:
+        file = path.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ConfigError(f"--events: expected a file that can be written, found {one_line(error)}") from None
+    with file:
         yield EventLog(file)
 
 
@@ -251,10 +260,14 @@ def main() -> None:
     if sys.argv[1:2] != ["replay"]:  # Its imports would be a tenth of a replay's start-up.
         _mount_others()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        message = " ".join(error.format_message().split())
+        if message:  # Else help was asked for by giving nothing at all, and has been shown.
+            typer.echo(f"error: {message}", err=True)
     except (PagedKVError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        typer.echo(f"error: {one_line(error)}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

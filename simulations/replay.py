@@ -37,7 +37,7 @@ from pagedkv.simulations.cost_models import (
 )
 from pagedkv.simulations.run import RequestLog, Run
 from pagedkv.simulations.simulator import EventTee, Simulator
-from pagedkv.simulations.traces import Trace
+from pagedkv.simulations.traces import Trace, limits
 
 __all__ = ["ReplayConfig", "StepCosts", "VirtualEngine", "replay"]
 
@@ -162,7 +162,9 @@ def make_run(simulator: Simulator, tee: EventTee, configuration: dict[str, Any],
 
 
 def _engine_of(trace: Trace, config: ReplayConfig, cost_model: StepCosts | None) -> VirtualEngine:
-    block_size = config.block_size or trace.content_block_size or DEFAULT_BLOCK_SIZE
+    block_size = config.block_size
+    if block_size is None:
+        block_size = trace.content_block_size or DEFAULT_BLOCK_SIZE
     require_matching_blocks(trace, block_size)
     num_blocks = config.num_blocks
     if cost_model is None or num_blocks is None:
@@ -207,12 +209,16 @@ def scale_arrivals(trace: Trace, rate_scale: float) -> Trace:
     """The trace with requests arriving `rate_scale` times as fast. Raises ConfigError."""
     if not math.isfinite(rate_scale) or rate_scale <= 0:
         raise ConfigError(f"rate_scale must be a finite number > 0, found {rate_scale}")
+    if len(trace) and float(trace.arrival_s[-1]) / rate_scale > limits.MAX_ARRIVAL_S:
+        raise ConfigError(f"rate_scale {rate_scale} stretches the trace beyond {limits.MAX_ARRIVAL_S:g} s")
     return trace if rate_scale == 1 else dataclasses.replace(trace, arrival_s=trace.arrival_s / rate_scale)
 
 
 def require_matching_blocks(trace: Trace, block_size: int) -> None:
     """Raise ConfigError for a block size that cuts through the blocks that the trace names."""
     named = trace.content_block_size
+    if block_size < 1:
+        raise ConfigError(f"block_size must be 1 or more, found {block_size}")
     if named is not None and named % block_size and block_size % named:
         raise ConfigError(
             f"block_size {block_size} does not fit the trace, which names shared blocks of {named} tokens: "

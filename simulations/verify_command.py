@@ -84,7 +84,7 @@ def load_factory(name: str) -> MakeAllocator:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # Importing runs the user's code, which may raise anything.
+    except (Exception, SystemExit) as error:  # Importing runs the user's code, which may raise anything.
         raise ConfigError(f"cannot import {module_name}: {_one_line(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -95,12 +95,12 @@ def load_factory(name: str) -> MakeAllocator:
     factory: MakeAllocator = found
     try:
         factory(2, 2, 2)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{name}(num_blocks=2, block_size=2, num_host_blocks=2) raised {_one_line(error)}") from error
     return factory
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

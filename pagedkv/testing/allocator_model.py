@@ -97,8 +97,9 @@ class AllocatorModel:
         return growth + (num_tokens > 0 and self.must_copy(sequence))
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """One more holder for each block. O(n)."""
+        """One more holder for each block. O(n). Raises InvariantViolation, I1, for blocks that do not exist."""
         for block_id in blocks:
+            self._check_exists(block_id)
             if self.num_holders[block_id] == 0:
                 self.num_held += 1
                 self.evictable.pop(block_id, None)
@@ -119,8 +120,7 @@ class AllocatorModel:
         Raises InvariantViolation: I1 for blocks that somebody holds, I7 for cached blocks that had to stay.
         """
         for idx, block_id in enumerate(blocks):
-            if not 0 <= block_id < self.num_blocks:
-                raise InvariantViolation("I1", f"block {block_id} was handed out, there are 0..{self.num_blocks - 1}")
+            self._check_exists(block_id)
             if self.num_holders[block_id] or block_id in blocks[:idx]:
                 raise InvariantViolation(
                     "I1", f"block {block_id} was handed out, {self.holders_of(block_id)} held it: expected a free one"
@@ -133,6 +133,10 @@ class AllocatorModel:
         for block_id in blocks:
             self.num_holders[block_id] = 1
         self.num_held += len(blocks)
+
+    def _check_exists(self, block_id: int) -> None:
+        if not 0 <= block_id < self.num_blocks:
+            raise InvariantViolation("I1", f"block {block_id} was handed out, there are 0..{self.num_blocks - 1}")
 
     def _check_victims(self, victims: list[int], num_taken: int) -> None:
         eviction = self.capabilities.eviction

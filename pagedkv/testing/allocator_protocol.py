@@ -80,7 +80,10 @@ class AllocatorProtocol(Protocol):
         """Make more tokens known at the end of a sequence. Takes no blocks."""
 
     def append(self, sequence_id: Hashable, num_tokens: int) -> NewSlots:
-        """Give the next known tokens their slots. Raises a shortage, or a mistake beyond the known tokens."""
+        """Give the next known tokens their slots; 0 tokens take nothing and succeed.
+
+        Raises a shortage, or a mistake beyond the known tokens.
+        """
 
     def fork(self, source_id: Hashable, sequence_id: Hashable) -> None:
         """Begin a sequence that shares all blocks of another. Whoever writes into a shared block first copies it."""

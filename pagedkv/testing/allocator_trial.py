@@ -11,7 +11,7 @@ from typing import Any
 
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.testing.allocator_model import ModelSequence
-from pagedkv.testing.checked_calls import FRESH_TOKEN, CheckedCalls
+from pagedkv.testing.checked_calls import ANYTHING, FRESH_TOKEN, CheckedCalls, shown, shown_error
 
 __all__ = ["AllocatorTrial"]
 
@@ -113,7 +113,6 @@ class AllocatorTrial(CheckedCalls):
             self.run_short(call, num_needed, if_granted="I5" if model.must_copy(sequence) else "I1")
             return
         slots, copies = self.succeed(call)
-        slots, copies = list(slots), [tuple(pair) for pair in copies]
         self._follow_append(sequence_id, sequence, num_tokens, (slots, copies))
         self.count(("append", tuple(slots), tuple(copies)))
 
@@ -167,7 +166,7 @@ class AllocatorTrial(CheckedCalls):
         if len(sequence.blocks) > model.num_free_host:
             self.run_short(("swap_out", sequence_id), len(sequence.blocks), invariant="I6")
             return
-        copies = [tuple(pair) for pair in self.succeed(("swap_out", sequence_id))]
+        copies = self.succeed(("swap_out", sequence_id))
         target_of: dict[int, int] = dict(copies)
         targets = set(target_of.values())
         if sorted(source for source, _ in copies) != sorted(sequence.blocks) or len(targets) != len(copies):
@@ -198,7 +197,7 @@ class AllocatorTrial(CheckedCalls):
         if num_needed > model.num_free:
             self.run_short(("swap_in", sequence_id), num_needed, invariant="I6")
             return
-        copies = [tuple(pair) for pair in self.succeed(("swap_in", sequence_id))]
+        copies = self.succeed(("swap_in", sequence_id))
         blocks = self.table(sequence_id)
         if len(set(blocks)) < len(blocks):
             self.fail(
@@ -214,6 +213,13 @@ class AllocatorTrial(CheckedCalls):
                     f"which are still cached, and copies from host blocks {sequence.host_blocks[len(hits) :]} to the others",
                 )
         copied = {target for _, target in copies}
+        sources = {source for source, _ in copies}
+        if len(blocks) != num_blocks or not sources <= set(sequence.host_blocks) or not copied <= set(blocks):
+            self.fail(
+                "I6",
+                f"swap_in({sequence_id!r}) copies {copies} into table {blocks}; expected {num_blocks} blocks, "
+                f"and copies from host blocks {sequence.host_blocks} to some of them",
+            )
         kept = [block_id for block_id in blocks if block_id not in copied]
         model.hold(kept)
         model.take([block_id for block_id in blocks if block_id in copied])
@@ -276,10 +282,16 @@ class AllocatorTrial(CheckedCalls):
 
     def _check_forgotten(self, sequence_id: Hashable) -> None:
         """Nothing of a closed sequence may be left."""
+        call = ("block_table", sequence_id)
         try:
-            blocks = self.table(sequence_id)
+            answer = self.allocator.block_table(sequence_id)
         except self.capabilities.mistakes:
             return
+        except ANYTHING as error:
+            self.fail(
+                "I8", f"{shown(call)} raised {shown_error(error)}, expected the refusal of a mistake or no blocks"
+            )
+        blocks = self.plain(call, answer)
         if blocks:
             self.fail("I10", f"{sequence_id!r} was closed and still has a table: {blocks}")
 
@@ -308,14 +320,17 @@ class AllocatorTrial(CheckedCalls):
         if num_most > model.num_free:  # Whether it must succeed depends on hits that only the allocator knows.
             before = self.snapshot()
             try:
-                num_hit = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
+                answer = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
             except self.capabilities.shortage:
                 self.unchanged(before, "I8", call, "ran short of blocks")
                 self.count(("open", "short"))
                 return
+            except ANYTHING as error:
+                self.fail("I8", f"{shown(call)} raised {shown_error(error)}, expected success or a shortage")
+            num_hit = self.plain(call, answer)
         else:
             num_hit = self.succeed(call, salt=salt)
-        self._check_hit("open", num_hit, sequence, model.resident(sequence.histories, num_hit))
+        self._check_hit("open", num_hit, sequence, model.resident(sequence.histories, min(num_hit, num_tokens)))
         blocks = self.table(call[1])
         if len(blocks) != num_most:
             self.fail("I1", f"open({call[1]!r}) holds blocks {blocks}, expected {num_most} of them")

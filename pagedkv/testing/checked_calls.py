@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from pagedkv.errors import ConfigError, InvariantViolation
 from pagedkv.testing.allocator_model import AllocatorModel, ModelSequence
 from pagedkv.testing.allocator_protocol import AllocatorProtocol, Capabilities, MakeAllocator
+from pagedkv.testing.answers import EXPECTED, READERS
 from pagedkv.testing.content_shadow import ContentShadow, Histories
 
 __all__ = ["FRESH_TOKEN", "CheckedCalls"]
@@ -18,6 +19,10 @@ OWN_CHECK_EVERY = 16
 """One recount in so many is followed by the allocator's own, which may cost more than all else together."""
 FRESH_TOKEN = 2**30
 """No prompt of a test contains this token or a later one."""
+ANYTHING = (Exception, SystemExit)
+"""What an allocator under test may raise; ctrl-C is the user's own."""
+MOST_SHOWN = 80
+"""Characters of a wrong answer that a message shows."""
 
 
 class CheckedCalls:
@@ -34,8 +39,15 @@ class CheckedCalls:
         read_every: int = 1,
     ) -> None:
         self.make_allocator = make_allocator
-        self.allocator: AllocatorProtocol = make_allocator(num_blocks, block_size, num_host_blocks)
-        self.capabilities = checked_capabilities(self.allocator)
+        try:
+            self.allocator: AllocatorProtocol = make_allocator(num_blocks, block_size, num_host_blocks)
+            capabilities = getattr(self.allocator, "capabilities", None)
+        except ANYTHING as error:
+            name = getattr(make_allocator, "__qualname__", type(make_allocator).__name__)
+            raise ConfigError(
+                f"{name}({num_blocks=}, {block_size=}, {num_host_blocks=}) raised {shown_error(error)}: expected an allocator"
+            ) from error
+        self.capabilities = checked_capabilities(self.allocator, capabilities)
         if not self.capabilities.swapping:
             num_host_blocks = 0
         self.model = AllocatorModel(num_blocks, block_size, num_host_blocks, self.capabilities)
@@ -48,14 +60,14 @@ class CheckedCalls:
         self.calls: list[Call] = []
         self.closed_ids: set[Hashable] = set()
         self._own_check = getattr(self.allocator, "check", None)
-        self._own_state = getattr(self.allocator, "state", None)
+        self._shows_state = hasattr(self.allocator, "state")
 
     # How a call ends
 
     def succeed(self, call: Call, **options: object) -> Any:
         """Make a call that must succeed, and return its result."""
         try:
-            return getattr(self.allocator, call[0])(*call[1:], **options)
+            answer = getattr(self.allocator, call[0])(*call[1:], **options)
         except self.capabilities.shortage as error:
             self.fail(
                 "I2",
@@ -67,8 +79,32 @@ class CheckedCalls:
             self.fail(
                 "I10" if is_left else "I8", f"{shown(call)}{reason}, raised {shown_error(error)}: expected success"
             )
-        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+        except ANYTHING as error:
             self.fail("I8", f"{shown(call)} raised {shown_error(error)}: expected success")
+        return self.plain(call, answer) if call[0] in READERS else answer
+
+    def ask(self, verb: str, *arguments: Hashable) -> Any:
+        """Ask something that must be answered between any two calls, and return the answer."""
+        try:
+            answer = getattr(self.allocator, verb)(*arguments)
+        except ANYTHING as error:
+            self.fail("I8", f"{shown((verb, *arguments))} raised {shown_error(error)}: expected an answer")
+        try:
+            return READERS[verb](answer)
+        except ANYTHING:
+            self.fail_answer((verb, *arguments), answer)
+
+    def plain(self, call: Call, answer: Any) -> Any:
+        """An answer in plain integers; one of a wrong kind is a failure of the allocator, not of the trial."""
+        try:
+            return READERS[call[0]](answer)
+        except ANYTHING:
+            self.fail_answer(call, answer)
+
+    def fail_answer(self, call: Call, answer: Any) -> NoReturn:
+        """Report an answer of a wrong kind."""
+        found = " ".join(repr(answer).split())[:MOST_SHOWN]
+        self.fail("I8", f"{shown(call)} returned {found}: expected {EXPECTED[call[0]]}")
 
     def run_short(
         self, call: Call, num_needed: int, *, invariant: str = "I8", if_granted: str = "I1", **options: object
@@ -87,7 +123,7 @@ class CheckedCalls:
             self.unchanged(before, invariant, call, "ran short of blocks")
             self.count((call[0], "short"))
             return
-        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+        except ANYTHING as error:
             self.fail(
                 "I12" if never_fits else "I8",
                 f"{shown(call)} raised {shown_error(error)}, expected a shortage: {reason}",
@@ -107,7 +143,7 @@ class CheckedCalls:
             self.unchanged(before, invariant, call, "was refused")
             self.count((call[0], "refused"))
             return
-        except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
+        except ANYTHING as error:
             self.fail(invariant, f"{shown(call)} raised {shown_error(error)}, expected the refusal of a mistake")
         self.fail(invariant, f"{shown(call)} was accepted, expected the refusal of a mistake")
 
@@ -119,17 +155,20 @@ class CheckedCalls:
 
     def snapshot(self) -> object:
         """The numbers of free blocks; where a recount is due, all tables, and the allocator's own state if it shows that."""
-        allocator = self.allocator
-        num_free_host = allocator.num_free_host() if self.model.num_host_blocks else 0
+        num_free_host = self.ask("num_free_host") if self.model.num_host_blocks else 0
         if (self.num_calls + 1) % self.check_every:
-            return allocator.num_free(), num_free_host
-        tables = [list(allocator.block_table(sequence_id)) for sequence_id in self.model.sequences]
-        return allocator.num_free(), num_free_host, tables, self._own_state() if self._own_state is not None else None
+            return self.ask("num_free"), num_free_host
+        tables = [self.table(sequence_id) for sequence_id in self.model.sequences]
+        return self.ask("num_free"), num_free_host, tables, self.succeed(("state",)) if self._shows_state else None
 
     def unchanged(self, before: object, invariant: str, call: Call, ending: str) -> None:
         """Compare with what a snapshot showed before a call that ended in some way, and may have changed nothing."""
         after = self.snapshot()
-        if after != before:
+        try:
+            is_changed = bool(after != before)
+        except ANYTHING as error:
+            raise ConfigError(f"values of state() must compare with ==: that raised {shown_error(error)}") from error
+        if is_changed:
             self.fail(invariant, f"{shown(call)} {ending} and changed the state: expected {before}, found {after}")
 
     # After each call
@@ -149,22 +188,25 @@ class CheckedCalls:
 
     def compare_free(self, verb: str) -> None:
         """Free blocks of both tiers as the allocator counts them, against the blocks that no table names. O(1)."""
-        model = self.model
-        num_free = self.allocator.num_free()
-        if num_free != model.num_free:
-            self._fail_free(verb, "device", num_free, model.num_free)
-        if model.num_host_blocks:
-            num_free_host = self.allocator.num_free_host()
-            if num_free_host != model.num_free_host:
-                self._fail_free(verb, "host", num_free_host, model.num_free_host)
+        model, question = self.model, "num_free"
+        try:  # Not by `ask`, which costs as much again: no other question is asked after every call.
+            if self.allocator.num_free() == model.num_free:
+                question = "num_free_host"
+                if not model.num_host_blocks or self.allocator.num_free_host() == model.num_free_host:
+                    return
+        except ANYTHING as error:
+            self.fail("I8", f"{question}() raised {shown_error(error)}: expected an answer")
+        if question == "num_free":
+            self._fail_free(verb, "device", self.ask(question), model.num_free)
+        self._fail_free(verb, "host", self.ask(question), model.num_free_host)
 
     def _fail_free(self, verb: str, tier: str, found: int, expected: int) -> NoReturn:
         """Say which invariant a wrong number of free blocks breaks."""
-        what = f"{found} {tier} blocks are free after {self.log[-1]}, the tables leave {expected}"
+        what = f"{found} {tier} blocks are free after {shown(self.calls[-1])}, the tables leave {expected}"
         self.compare_tables()
         invariant = "I9" if verb == "close" else "I2"
         if found > expected and tier == "device" and self._hands_out_held_blocks(found):
-            invariant = "I1"
+            invariant, what = "I1", f"{what}: asked for them all, it hands out blocks that tables name"
         self.fail(invariant, what)
 
     def compare_tables(self) -> None:
@@ -183,7 +225,7 @@ class CheckedCalls:
             if self.capabilities.chunked_prefill:
                 self.allocator.append("all that is free", num_tokens)
             return any(self.model.num_holders[block_id] for block_id in self.table("all that is free"))
-        except Exception:  # noqa: BLE001 - a broken allocator may raise anything
+        except ANYTHING:
             return False
 
     def recount(self) -> None:
@@ -194,15 +236,16 @@ class CheckedCalls:
                 self._own_check()
             except InvariantViolation:
                 raise
-            except Exception as error:  # noqa: BLE001 - an allocator under test may raise anything
-                self.fail("I1", f"its own check raised {shown_error(error)} after {self.log[-1]}")
+            except ANYTHING as error:
+                self.fail("I1", f"its own check raised {shown_error(error)} after {shown(self.calls[-1])}")
 
     def compare_table(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
         """One table: nothing but its own verbs may change it."""
         found = self.table(sequence_id)
         if found != sequence.blocks:
             self.fail(
-                "I1", f"block table of {sequence_id!r} after {self.log[-1]}: expected {sequence.blocks}, found {found}"
+                "I1",
+                f"block table of {sequence_id!r} after {shown(self.calls[-1])}: expected {sequence.blocks}, found {found}",
             )
 
     def read(self, sequence_id: Hashable, sequence: ModelSequence) -> None:
@@ -216,17 +259,17 @@ class CheckedCalls:
             self.fail(
                 invariant,
                 f"token {position} of {sequence_id!r}, in {'host ' * is_swapped}block {block_id}, is not what was written for "
-                f"it, after {self.log[-1]}",
+                f"it, after {shown(self.calls[-1])}",
             )
 
     def table(self, sequence_id: Hashable) -> list[int]:
         """The allocator's own table of a sequence."""
-        return list(self.allocator.block_table(sequence_id))
+        blocks: list[int] = self.ask("block_table", sequence_id)
+        return blocks
 
 
-def checked_capabilities(allocator: AllocatorProtocol) -> Capabilities:
+def checked_capabilities(allocator: AllocatorProtocol, capabilities: object) -> Capabilities:
     """What the allocator says it can do; raises ConfigError for a verb that it then lacks, and for no answer at all."""
-    capabilities = getattr(allocator, "capabilities", None)
     if not isinstance(capabilities, Capabilities):
         raise ConfigError(f"{type(allocator).__name__}.capabilities must be a Capabilities, found {capabilities!r:.60}")
     verbs = ["open", "extend", "append", "close", "block_table", "num_free"]
@@ -243,7 +286,7 @@ def shown(call: Call) -> str:
     return f"{call[0]}({', '.join(map(repr, call[1:]))})"
 
 
-def shown_error(error: Exception) -> str:
+def shown_error(error: BaseException) -> str:
     """Type and first line of an error."""
     message = str(error).splitlines()
     return f"{type(error).__name__}({message[0] if message else ''})"

@@ -10,6 +10,7 @@ from typing import Any
 from pagedkv.errors import ConfigError
 from pagedkv.simulations.cost_models.fitting import CONSTANTS, StepFit
 from pagedkv.simulations.cost_models.linear import LinearCostModel
+from pagedkv.simulations.file_errors import about, describe_os_error
 
 __all__ = ["load_cost_model", "save_cost_model"]
 
@@ -26,10 +27,12 @@ def save_cost_model(fit: StepFit, path: str | Path, source: Mapping[str, Any]) -
         "source": dict(source),
     }
     target = Path(path)
-    partial = target.with_name(f"{target.name}.part")
+    partial = target.parent / f"{target.name}.part"  # `with_name` raises for a folder such as "."
     try:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         partial.replace(target)
+    except OSError as error:  # Of the file that was asked for, not of the part that goes before it.
+        raise about(target, error) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -37,10 +40,13 @@ def save_cost_model(fit: StepFit, path: str | Path, source: Mapping[str, Any]) -
 def load_cost_model(path: str | Path) -> LinearCostModel:
     """Read a model that `save_cost_model` wrote; other keys than the constants are for people.
 
-    Raises ConfigError, one line with the path, for anything else, and OSError if there is no such file.
+    Raises ConfigError, one line with the path, for anything else.
     """
-    with Path(path).open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a readable file, found {describe_os_error(error)}") from None
     try:
         document = json.loads(content) if len(content) <= MAX_BYTES else None
     except (ValueError, RecursionError):

@@ -111,6 +111,7 @@ class RooflineCostModel:
             "model": asdict(model),
             "device": asdict(device),
             "block_size": block_size,
+            "block_bytes": bytes_per_block,
             "num_devices": num_devices,
             "weight_bits": weight_bits,
             "kv_bits": kv_bits,

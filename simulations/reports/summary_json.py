@@ -10,11 +10,17 @@ from typing import Any
 
 from pagedkv.simulations.run import Run
 
-__all__ = ["write_summary"]
+__all__ = ["summary_text", "write_summary"]
 
 
 def write_summary(run: Run, summary: Mapping[str, Any], path: Path) -> Path:
-    """Write `summary`, as `summarize(run)` gives it, with the trace's identity and the configuration; return `path`.
+    """Write `summary_text(run, summary)`; return `path`."""
+    path.write_text(summary_text(run, summary, indent=2) + "\n", encoding="ascii", newline="\n")
+    return path
+
+
+def summary_text(run: Run, summary: Mapping[str, Any], indent: int | None = None) -> str:
+    """`summary`, as `summarize(run)` gives it, with the trace's identity and the configuration, as JSON.
 
     Floats round-trip; what is undefined, infinite or NaN is null. Only `wall_s` and `requests_per_wall_s` differ
     between two runs of the same thing. docs/metrics.md lists the keys.
@@ -25,8 +31,7 @@ def write_summary(run: Run, summary: Mapping[str, Any], path: Path) -> Path:
         **summary,
         "configuration": run.configuration,
     }
-    path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n", encoding="ascii", newline="\n")
-    return path
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["print_summary"]
 
 MAX_REASONS = 3
+GIB = 2**30
 
 _LATENCIES = (
     ("queue_s", "queue", "to admission"),
@@ -46,6 +47,7 @@ def print_summary(
     console.print(Text.assemble((trace.name, "bold"), f"  {to_count(len(trace))} requests, simulated"), soft_wrap=True)
     console.print(_latency_table(summary))
     console.print(_count_table(summary))
+    console.print(Text(_memory(run)), soft_wrap=True)
     for line in _rejections(run):
         console.print(Text(line), soft_wrap=True)
     for path in (paths or {}).values():
@@ -101,6 +103,18 @@ def _counts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("steps", to_count(summary["num_steps"])),
         ("replayed in (wall time)", to_duration(summary["wall_s"])),
     ]
+
+
+def _memory(run: Run) -> str:
+    """How large the K/V memory was; in bytes where the cost model's presets say what a token takes."""
+    text = f"KV memory  {to_count(run.num_blocks)} blocks"
+    costs, block_size = run.configuration.get("cost_model", {}), run.configuration.get("block_size")
+    if block_size is not None:
+        text += f" of {block_size} tokens"
+    if "block_bytes" in costs and costs["block_size"] == block_size:
+        each = f" on each of {costs['num_devices']} devices" if costs["num_devices"] > 1 else ""
+        text += f" ({run.num_blocks * costs['block_bytes'] / GIB:.1f} GiB{each})"
+    return text
 
 
 def _rejections(run: Run) -> list[str]:

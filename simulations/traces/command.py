@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagedkv.errors import InvalidArgumentError, PagedKVError, TraceError
+from pagedkv.simulations.file_errors import one_line
 from pagedkv.simulations.traces.formats.protocol import TRACE_FORMATS
 from pagedkv.simulations.traces.generator import LengthDistribution, SharedPrefixes, generate_trace
 from pagedkv.simulations.traces.loading import load_trace, recognise_format
@@ -103,6 +104,7 @@ def convert(
 
 @app.command()
 def generate(
+    context: typer.Context,
     out: OutPath,
     num_requests: Annotated[int, typer.Option(help="Requests in the trace.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random generator; the same seed, the same trace.")] = 0,
@@ -122,18 +124,45 @@ def generate(
 ) -> None:
     """Generate a synthetic trace: Gamma arrivals, log-normal lengths, shared system prompts, several clients."""
     with _errors_on_one_line():
-        trace = generate_trace(
-            num_requests,
-            rng=np.random.default_rng(seed),
-            rate=rate,
-            burstiness=burstiness,
-            prompt=LengthDistribution(prompt_median, prompt_sigma, prompt_max),
-            output=LengthDistribution(output_median, output_sigma, output_max),
-            prefixes=SharedPrefixes(num_prefixes, prefix_tokens, prefix_share, block_size) if num_prefixes else None,
-            num_clients=num_clients or None,
-        )
-        digest = write_trace(trace, out)
+        if not num_prefixes:
+            _refuse_without_prefixes(context)
+        with _named(median="--prompt-median", sigma="--prompt-sigma", maximum="--prompt-max"):
+            prompt = LengthDistribution(prompt_median, prompt_sigma, prompt_max)
+        with _named(median="--output-median", sigma="--output-sigma", maximum="--output-max"):
+            output = LengthDistribution(output_median, output_sigma, output_max)
+        with _named(num_tokens="--prefix-tokens", share="--prefix-share"):
+            prefixes = SharedPrefixes(num_prefixes, prefix_tokens, prefix_share, block_size) if num_prefixes else None
+        with _named(prefixes="--prefix-tokens", path="OUT"):
+            trace = generate_trace(
+                num_requests,
+                rng=np.random.default_rng(seed),
+                rate=rate,
+                burstiness=burstiness,
+                prompt=prompt,
+                output=output,
+                prefixes=prefixes,
+                num_clients=num_clients or None,
+            )
+            digest = write_trace(trace, out)
     typer.echo(f"{out}: {len(trace)} requests, sha256 {digest}")
+
+
+def _refuse_without_prefixes(context: typer.Context) -> None:
+    """Raise InvalidArgumentError for an option on the command line that nothing would come of."""
+    for name in ("prefix_tokens", "prefix_share", "block_size"):
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidArgumentError(f"{option}: does nothing without --num-prefixes: give that, too")
+
+
+@contextmanager
+def _named(**options: str) -> Iterator[None]:
+    """Tell an error of a parameter by the option that it came from: by `options`, or else by the parameter's own name."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        name, colon, rest = str(error).partition(": ")
+        raise InvalidArgumentError(f"{options.get(name, '--' + name.replace('_', '-'))}{colon}{rest}") from None
 
 
 @contextmanager
@@ -144,7 +173,7 @@ def _errors_on_one_line() -> Iterator[None]:
     except (TraceError, InvalidArgumentError) as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'file'}: {(error.strerror or type(error).__name__).lower()}"
+        message = one_line(error)
     else:
         return
     typer.echo(f"error: {message}", err=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Final, cast
 
 from pagedkv.errors import TraceError
+from pagedkv.simulations.file_errors import describe_os_error
 from pagedkv.simulations.traces import limits
 from pagedkv.simulations.traces.checks import excerpt
 
@@ -93,7 +94,7 @@ class TraceSource:
         except OSError as error:
             if isinstance(error, gzip.BadGzipFile):
                 raise self.error(next_line, "gzip data", excerpt(str(error))) from None
-            raise self.error(None, "a readable file", _describe_os_error(error)) from None
+            raise self.error(None, "a readable file", describe_os_error(error)) from None
         except (EOFError, zlib.error):
             raise self.error(next_line, "a complete gzip stream", "a truncated or damaged one") from None
         if not has_lines:
@@ -138,9 +139,3 @@ def _split_at_blank(lines: list[str]) -> tuple[list[str], int | None]:
 
 def _name_of(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
-
-
-def _describe_os_error(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return "a directory" if isinstance(error, IsADirectoryError) else (error.strerror or type(error).__name__).lower()

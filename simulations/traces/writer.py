@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from pagedkv.errors import InvalidArgumentError
+from pagedkv.simulations.file_errors import about
 
 if TYPE_CHECKING:
     from pagedkv.simulations.traces.trace import Trace
@@ -42,6 +43,8 @@ def write_trace(trace: Trace, path: str | Path) -> str:
             if is_gzip:
                 stream.close()
         partial.replace(target)
+    except OSError as error:  # Of the file that was asked for, not of the part that goes before it.
+        raise about(target, error) from None
     finally:
         partial.unlink(missing_ok=True)
     return digest.hexdigest()

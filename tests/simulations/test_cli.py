@@ -6,9 +6,13 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from pagedkv.simulations import cache_command
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
@@ -25,6 +29,7 @@ def test_without_a_trace_the_sample_is_replayed_and_reports_are_written(tmp_path
     assert result.returncode == 0
     assert result.stderr == ""
     assert "requests finished       400" in result.stdout
+    assert "\nKV memory  28,693 blocks of 16 tokens (56.0 GiB)\n" in result.stdout
     names = {path.name for path in (tmp_path / "pagedkv-report").iterdir()}
     assert names == {"summary.json", "requests.csv", "report.html", "trace.perfetto.json"}
     assert "pagedkv-report/report.html" in result.stdout
@@ -35,7 +40,11 @@ def test_json_is_for_machines(tmp_path: Path) -> None:
 
     result = run("replay", "t.csv", "--json", cwd=tmp_path)
 
-    assert json.loads(result.stdout)["num_finished"] == 2
+    shown = json.loads(result.stdout)
+    assert shown["num_finished"] == 2
+    assert shown["trace"]["name"] == "t"
+    assert shown["configuration"]["model"] == "Llama-3-8B"
+    assert shown == json.loads((tmp_path / "pagedkv-report" / "summary.json").read_text())
 
 
 def test_help_names_every_option_and_version_is_shown(tmp_path: Path) -> None:
@@ -102,6 +111,9 @@ def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, text: st
         ("replay", "--watermark", "nan"),
         ("replay", "--limit", "0"),
         ("replay", "--rate-scale", "-1"),
+        ("replay", "--rate-scale", "1e-300"),
+        ("replay", "--block-size", "0"),
+        ("replay", "--block-size", "-4", "--num-blocks", "8"),
         ("replay", "--policy", "lifo"),
         ("replay", "--model", "Llama-3-70B", "--device", "RTX-4090"),
         ("replay", "--out", "file"),
@@ -117,6 +129,47 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("replay --limit 0", "Invalid value for '--limit': "),
+        ("replay --num-blocks abc", "Invalid value for '--num-blocks': "),
+        ("replay --nope", "No such option: --nope"),
+        ("cache", "Missing argument 'TRACE'."),
+        ("replay --cost-model nofile", "nofile: expected a readable file, found no such file\n"),
+        (
+            "replay --events no/x",
+            "--events: expected a file that can be written, found no/x: no such file or directory\n",
+        ),
+        ("traces generate o.jsonl --prompt-median 0", "--prompt-median: expected 1 to 16777216 tokens, found 0.0\n"),
+        ("traces generate o.jsonl --output-max 0", "--output-max: expected 1 to 16777216 tokens, found 0\n"),
+        (
+            "traces generate o.jsonl --num-prefixes 1 --prefix-tokens 0",
+            "--prefix-tokens: expected 1 to 16777215, found 0\n",
+        ),
+        ("traces generate o.jsonl --num-requests 0", "--num-requests: expected 1 to 10000000, found 0\n"),
+        ("traces convert t.csv no/o.jsonl", "no/o.jsonl: no such file or directory\n"),
+    ],
+)
+def test_a_mistake_is_told_by_the_option_or_file_that_the_user_gave(
+    tmp_path: Path, arguments: str, message: str
+) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+
+    result = run(*arguments.split(), cwd=tmp_path)
+
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_a_command_help_is_shown(tmp_path: Path) -> None:
+    result = run(cwd=tmp_path)
+
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "Usage: " in result.stdout
 
 
 def test_the_cache_command_prints_policies_beside_the_optimum_and_the_ceiling(tmp_path: Path) -> None:
@@ -137,6 +190,26 @@ def test_the_cache_command_prints_policies_beside_the_optimum_and_the_ceiling(tm
     assert "infinite cache: 0.4444 (5 distinct blocks of 4 tokens)" in run("cache", "t.jsonl", cwd=tmp_path).stdout
 
 
+def test_the_cache_command_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[object] = []
+
+    @contextmanager
+    def bar(doing: str, total: float) -> Iterator[Callable[[float], None]]:
+        shown.append((doing, total))
+        yield shown.append
+
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(cache_command, "progress_bar", bar)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], as_json=True)
+
+    assert shown == [("passing over the trace", 11), *range(1, 11)]
+    assert json.loads(capsys.readouterr().out)["infinite"] == 0
+
+
 def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
 
@@ -146,6 +219,15 @@ def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
         2,
         "error: t.csv: expected a trace that names shared blocks, found none named\n",
     )
+
+
+def test_an_interrupt_during_the_imports_is_silent(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pagedkv.__main__ as command; command.main()"
+
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> None:
@@ -158,3 +240,26 @@ def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> N
         2,
         "error: the pagedkv command needs msgspec: pip install 'pagedkv[sim]'\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "expected a folder, found a file in the way of file"),
+        ("file/below", "expected a folder, found a file in the way of file/below"),
+        ("/proc/x", "expected a folder that can be made, found /proc/x: no such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_replay(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code = (
+        "import sys, pagedkv.simulations.replay as module\n"
+        "module.replay = None\n"  # A replay would be a traceback.
+        f"sys.argv = ['pagedkv', 'replay', '--out', {out!r}]\n"
+        "from pagedkv.simulations.cli import main\n"
+        "main()\n"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: --out: {message}\n")

@@ -88,8 +88,9 @@ def test_a_cost_model_serves_any_trace(folder: Path) -> None:
     [
         (("fit", "absent"), "absent: expected a trace, or the folder of a recorded run, found no run.json"),
         (("replay", "."), "found no run.json"),
-        (("fit", "monday", "--out", "absent/m.json"), "No such file"),
-        (("replay", "--cost-model", "absent.json"), "No such file"),
+        (("fit", "monday", "--out", "absent/m.json"), "error: absent/m.json: no such file or directory"),
+        (("fit", "monday", "--out", "."), "error: .: "),
+        (("replay", "--cost-model", "absent.json"), "absent.json: expected a readable file, found no such file"),
         (("replay", "--cost-model", "monday/run.json"), "expected a linear cost model of version 1"),
         (("replay", "monday", "--limit", "3"), "replayed whole: for a part, replay monday/trace.jsonl"),
         (("replay", "monday", "--session-gap", "3"), "replayed whole"),

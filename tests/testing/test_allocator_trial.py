@@ -74,6 +74,42 @@ def test_a_needless_copy_is_reported() -> None:
         trial.append("a", 1)
 
 
+def test_a_wrong_number_of_free_blocks_is_told_with_the_call_before_it() -> None:
+    class Miscounts(ReferenceAllocator):
+        def num_free(self):
+            return super().num_free() + bool(self.sequences)
+
+    trial = trial_of(Miscounts)
+
+    with pytest.raises(
+        InvariantViolation, match=r"I2: 5 device blocks are free after open\('a', \[1\], b''\), the tables"
+    ):
+        trial.open("a", [1])
+
+
+def test_counting_held_blocks_as_free_is_i2_and_handing_them_out_is_i1() -> None:
+    class FreesTooEarly(ReferenceAllocator):
+        def extend(self, sequence_id, token_ids):
+            super().extend(sequence_id, token_ids)
+            self.free.append(self.sequences[sequence_id].blocks[0])
+
+    trial = trial_of(FreesTooEarly)
+    trial.open("a", [1])
+    trial.append("a", 1)
+
+    with pytest.raises(InvariantViolation, match=r"I1: 4 device blocks .* hands out blocks that tables name"):
+        trial.extend("a", [2])
+
+
+def test_no_tokens_take_nothing_and_succeed() -> None:
+    trial = trial_of(ReferenceAllocator)
+    trial.open("a", [1])
+
+    trial.append("a", 0)
+
+    assert trial.log[-1] == ("append", (), ())
+
+
 def test_an_allocators_own_check_is_called_and_believed() -> None:
     class Checks(ReferenceAllocator):
         def check(self):

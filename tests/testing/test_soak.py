@@ -120,7 +120,7 @@ def test_a_failure_names_the_invariant_and_the_command_that_repeats_it() -> None
 
     assert messages[0] == messages[1]
     assert caught.value.invariant == "I1"
-    assert caught.value.command == "pagedkv soak --hours 0.0023 --seed 7 --service-hours 0.25"
+    assert caught.value.command == "pagedkv soak --hours 0.0119 --seed 7 --service-hours 0.25"
     assert messages[0].endswith(caught.value.command)
 
 

@@ -74,6 +74,7 @@ def test_an_allocator_of_the_current_folder_is_found(tmp_path: Path) -> None:
         ),
         (["not_there:f"], "cannot import not_there: ModuleNotFoundError: No module named 'not_there'"),
         (["broken:f"], "cannot import broken: ZeroDivisionError: division by zero"),
+        (["leaves:f"], "cannot import leaves: SystemExit: 3"),
         (["pagedkv:nothing"], "pagedkv has no nothing"),
         (["pagedkv:__version__"], "pagedkv:__version__ is not callable: expected a factory, found str"),
         (
@@ -87,6 +88,7 @@ def test_an_allocator_of_the_current_folder_is_found(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_run_ends_with_2_and_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
 
     result = run(*arguments, cwd=tmp_path)
 

@@ -43,6 +43,30 @@ def test_the_table_shows_counts_ratios_and_reasons(run: Run) -> None:
         assert shown in text
 
 
+@pytest.mark.parametrize(
+    ("configuration", "shown"),
+    [
+        ({}, "KV memory  10 blocks"),
+        ({"block_size": 4, "cost_model": {"kind": "linear"}}, "KV memory  10 blocks of 4 tokens"),
+        (
+            {"block_size": 4, "cost_model": {"block_size": 4, "block_bytes": 2**30, "num_devices": 2}},
+            "KV memory  10 blocks of 4 tokens (10.0 GiB on each of 2 devices)",
+        ),
+        (
+            {"block_size": 8, "cost_model": {"block_size": 4, "block_bytes": 2**30, "num_devices": 1}},
+            "KV memory  10 blocks of 8 tokens",
+        ),
+    ],
+)
+def test_the_size_of_the_memory_is_shown_as_far_as_it_is_known(
+    run: Run, configuration: dict[str, object], shown: str
+) -> None:
+    run.configuration.clear()
+    run.configuration.update(configuration)
+
+    assert shown in printed(run).splitlines()
+
+
 def test_only_the_first_reasons_are_shown_and_the_others_counted(run: Run) -> None:
     run.rejections.update({index: f"reason {index}" for index in range(2, 12)})
     text = printed(run)

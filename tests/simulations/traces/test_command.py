@@ -103,6 +103,14 @@ def test_a_mistake_ends_with_code_2_and_a_message_on_stderr(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--prefix-tokens", "--prefix-share", "--block-size"])
+def test_an_option_of_prefixes_without_prefixes_is_refused(tmp_path: Path, option: str) -> None:
+    result = run("generate", tmp_path / "out.jsonl", option, 2)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {option}: does nothing without --num-prefixes: give that, too\n"
+
+
 def test_an_error_is_one_line_with_path_and_line_number(trace_path: Path) -> None:
     trace_path.write_text(PLAIN + "1,1,1\n")
     result = run("describe", trace_path)
