@@ -244,6 +244,15 @@ class MemoryMachine(RuleBasedStateMachine):
     def extend(self, pick: int, tokens: list[int]) -> None:
         self.extend_tokens(self.any_id(pick), tokens)
 
+    @precondition(lambda self: self.model.sequences)
+    @rule(pick=small)
+    def read_tokens(self, pick: int) -> None:
+        """All known tokens, those of the block that is being filled too."""
+        id_ = self.any_id(pick)
+        tokens, row = self.model.sequences[id_].tokens, np.array([self.manager.row(id_)])
+        found = self.manager.memory.tokens.packed(row, np.array([0]), np.array([len(tokens)])).tolist()
+        expect("known tokens", found, tokens)
+
     @precondition(lambda self: self.on_device())
     @rule(pick=small, token=tokens_below_two)
     def decode(self, pick: int, token: int) -> None:

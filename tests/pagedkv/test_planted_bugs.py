@@ -96,7 +96,7 @@ BUGS = {
     "a block is named before it is full": Bug(
         BlockNaming, "name_filled", "stops // table.block_size", "-(-stops // table.block_size)"
     ),
-    "a lookup does not pin": Bug(KVCacheManager, "lookup", "memory.pool.acquire(block_ids)", "pass"),
+    "a lookup does not pin": Bug(KVCacheManager, "lookup", "self.memory.pool.acquire(block_ids)", "pass"),
     "dropping a hit forgets its blocks": Bug(KVCacheManager, "_drop", "hit.block_ids[::-1]", "hit.block_ids[:0]"),
     # Sequences
     "a duplicate id overwrites": Bug(KVCacheManager, "open", "if sequence_id in self._row_of:", "if False:"),
