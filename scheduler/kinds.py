@@ -10,7 +10,6 @@ from pagedkv.scheduler.sample import Sample
 
 __all__ = ["LiveKinds"]
 
-
 NUM_BUCKETS = 4096
 
 
