@@ -9,7 +9,7 @@ from pagedkv.block_keys import CacheIdentity
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import ConfigError, InvalidArgumentError
 
-__all__ = ["MAX_BLOCK_SIZE", "CacheConfig", "require_object"]
+__all__ = ["MAX_BLOCK_SIZE", "CacheConfig", "require_kind", "require_object"]
 
 MAX_BLOCK_SIZE = 2**16
 
@@ -44,7 +44,20 @@ class CacheConfig:
             raise ConfigError(f"identity must be a CacheIdentity, found {type(self.identity).__name__}")
 
 
+def require_kind(name: str, value: object, kind: type) -> None:
+    """Raise ConfigError unless `value` is one of this class."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} must be a {kind.__name__}, found {_told(value)}")
+
+
 def require_object(name: str, value: object, verb: str, example: str) -> None:
     """Raise ConfigError unless `value` is an object with this method: not its name, as commands take it, nor its class."""
     if isinstance(value, type) or not callable(getattr(value, verb, None)):
-        raise ConfigError(f"{name} must be an object such as {example}, found {shown(value)}")
+        raise ConfigError(f"{name} must be an object such as {example}, found {_told(value)}")
+
+
+def _told(value: object) -> str:
+    """What was found instead. No repr but that of a text: others may hold an address, which differs from run to run."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return shown(value) if isinstance(value, str) else f"one of type {type(value).__name__}"

@@ -13,11 +13,10 @@ import numpy as np
 from pagedkv.arrays import BlockIds, Int32s, Int64s, as_int, as_token_ids, shown
 from pagedkv.block_keys import ExtraKey, as_extras, root_key
 from pagedkv.checks import CheckLevel, Checks, as_check_level
-from pagedkv.config import CacheConfig, require_object
+from pagedkv.config import CacheConfig, require_kind, require_object
 from pagedkv.content import MAX_TOKENS, Content, SimulatedContent, SimulatedPrompt, TokenContent
 from pagedkv.errors import (
     BlockStateError,
-    ConfigError,
     DuplicateIdError,
     InvalidArgumentError,
     OutOfBlocksError,
@@ -131,8 +130,7 @@ class KVCacheManager:
     def __init__(
         self, config: CacheConfig, *, eviction: EvictionPolicy | None = None, check: CheckLevel = "off"
     ) -> None:
-        if not isinstance(config, CacheConfig):
-            raise ConfigError(f"config must be a CacheConfig, found {shown(config)}")
+        require_kind("config", config, CacheConfig)
         if eviction is not None:
             require_object("eviction", eviction, "evict", f"LRU({config.num_blocks})")
         self.config = config

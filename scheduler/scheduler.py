@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, as_time, shown
-from pagedkv.config import require_object
-from pagedkv.errors import ConfigError, DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
+from pagedkv.config import require_kind, require_object
+from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.scheduler.admission import Admission
 from pagedkv.scheduler.client_shares import ClientShares
@@ -60,8 +60,7 @@ class Scheduler:
         preemption: PreemptionPolicy | None = None,
         sink: EventSink | None = None,
     ) -> None:
-        if not isinstance(config, SchedulerConfig):
-            raise ConfigError(f"config must be a SchedulerConfig, found {shown(config)}")
+        require_kind("config", config, SchedulerConfig)
         for name, part, verb, example in (
             ("manager", manager, "check_invariants", "KVCacheManager(CacheConfig(1000))"),
             ("policy", policy, "rank", "Priority()"),

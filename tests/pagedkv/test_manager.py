@@ -218,7 +218,7 @@ def test_a_simulated_sequence_is_extended_by_a_number(manager: KVCacheManager) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": 5}, "config must be a CacheConfig, found 5"),
+        ({"config": 5}, "config must be a CacheConfig, found one of type int"),
         ({"config": CacheConfig(4), "eviction": "lru"}, r"eviction must be an object such as LRU\(4\), found 'lru'"),
     ],
 )

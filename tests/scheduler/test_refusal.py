@@ -145,11 +145,20 @@ def test_a_time_that_is_no_number_is_refused_and_changes_nothing(now) -> None:
     ("wrong", "message"),
     [
         ({"policy": "priority"}, r"policy must be an object such as Priority\(\), found 'priority'"),
-        ({"victim": LatestArrival}, r"victim must be an object such as LowestPriority\(\), found <class"),
+        (
+            {"victim": LatestArrival},
+            r"victim must be an object such as LowestPriority\(\), found the class LatestArrival",
+        ),
         ({"preemption": "swap"}, r"preemption must be an object such as Swap\(\), found 'swap'"),
-        ({"sink": print}, r"sink must be an object such as EventLog\(file\), found <built-in function print>"),
-        ({"config": {"max_num_running": 4}}, r"config must be a SchedulerConfig, found \{'max_num_running': 4\}"),
-        ({"manager": None}, r"manager must be an object such as KVCacheManager\(CacheConfig\(1000\)\), found None"),
+        (
+            {"sink": print},
+            r"sink must be an object such as EventLog\(file\), found one of type builtin_function_or_method",
+        ),
+        ({"config": {"max_num_running": 4}}, "config must be a SchedulerConfig, found one of type dict"),
+        (
+            {"manager": None},
+            r"manager must be an object such as KVCacheManager\(CacheConfig\(1000\)\), found one of type NoneType",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
