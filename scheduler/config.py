@@ -25,8 +25,8 @@ class SchedulerConfig:
     long_prefill_tokens:    while several requests have more than one token to compute, none gets more than this in one
                             step (None: no cap)
     admission_interval:     steps from one that admits requests to the next that may, while anything runs and nobody was
-                            left for want of token budget: more than 1 lets rows decode undisturbed in between, which
-                            shortens the time per token and lengthens that to the first one
+                            left for want of token budget: with more than 1, rows decode undisturbed in between, and
+                            first tokens come later
     chunked_prefill:        whether a prompt may be computed over several steps
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
     max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more

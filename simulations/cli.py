@@ -121,7 +121,7 @@ def replay(
     admission_interval: Annotated[
         int,
         typer.Option(
-            help="Steps from one that admits requests to the next that may, while any run.",
+            help="Steps from one that admits requests to the next that may, while any run: others decode undisturbed.",
             rich_help_panel="Scheduling",
         ),
     ] = 1,
