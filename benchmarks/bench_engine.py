@@ -188,7 +188,7 @@ def stream_rows(report: harness.Report, model: Any) -> None:
         "static batches at the rate that saturates them": lambda turn: serve_static(model, work, rate, on_step=turn),
         "pagedkv at the same rate": lambda turn: serve_engine(model, work, rate, on_step=turn),
         "pagedkv at twice the rate": lambda turn: serve_engine(model, work, 2 * rate, on_step=turn),
-        "pagedkv at twice the rate, admission_interval=32": lambda turn: serve_engine(
+        "pagedkv at twice the rate, admission_interval=64": lambda turn: serve_engine(
             model, work, 2 * rate, limits=CALM_LIMITS, on_step=turn
         ),
         "pagedkv at three times the rate": lambda turn: serve_engine(model, work, 3 * rate, on_step=turn),

@@ -28,8 +28,8 @@ DIVISOR = 8
 NUM_REQUESTS = 256
 MAX_BATCH = 32
 LIMITS = SchedulerConfig(max_num_batched_tokens=512, max_num_running=64)
-CALM_LIMITS = SchedulerConfig(max_num_batched_tokens=2048, max_num_running=64, admission_interval=32)
-"""Prompts are computed together, 32 steps apart: the time per token instead of that to the first one."""
+CALM_LIMITS = SchedulerConfig(max_num_batched_tokens=2048, max_num_running=64, admission_interval=64)
+"""Prompts are computed together, 64 steps apart: the time per token instead of that to the first one."""
 
 
 @dataclass(frozen=True, slots=True)
