@@ -39,7 +39,7 @@ class StepRunner:
 
     def apply(self, plan: StepPlan) -> None:
         """Swap, copy and wipe blocks as planned. Most plans have none, and the storage checks what it is given."""
-        wipes = self.storage.zero_on == "alloc" and plan.inputs.taken
+        wipes = self.storage.zero_on == "alloc" and len(plan.taken)
         if len(plan.swaps_out) or len(plan.copies) or len(plan.swaps_in) or wipes:
             self.storage.apply(plan)
 

@@ -222,7 +222,7 @@ class KVCacheManager:
         row = self.row(sequence_id)
         self.memory.close(row)
         if self._step is not None:
-            self._step.note_cut(row, 0)
+            self._step.note_close(row)
         del self._row_of[sequence_id]
 
     # Growing, sharing, shrinking
@@ -323,7 +323,7 @@ class KVCacheManager:
         num_tokens = as_int("num_tokens", num_tokens, at_least=1, at_most=num_known)
         self.memory.truncate(row, num_tokens)
         if self._step is not None:
-            self._step.note_cut(row, num_tokens)
+            self._step.note_truncation(row, num_tokens)
 
     # Swapping
 

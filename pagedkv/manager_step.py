@@ -37,12 +37,14 @@ class ManagerStep:
         if row in self._starts:
             self._starts[child] = self._starts[row]
 
-    def note_cut(self, row: int, num_tokens: int) -> None:
-        """The row has at most `num_tokens` computed tokens left, 0 if it is gone. O(1)."""
-        if num_tokens < self._starts.get(row, 0):
-            self._starts[row] = num_tokens
-        if num_tokens == 0:
-            self._starts.pop(row, None)
+    def note_truncation(self, row: int, num_tokens: int) -> None:
+        """The row has at most `num_tokens` computed tokens left. O(1)."""
+        if row in self._starts:
+            self._starts[row] = min(self._starts[row], num_tokens)
+
+    def note_close(self, row: int) -> None:
+        """The row was given back; another sequence may get it. O(1)."""
+        self._starts.pop(row, None)
 
     def end(self) -> None:
         """All of it was written. O(1)."""

@@ -17,7 +17,7 @@ __all__ = ["PlanDrafts", "Seat", "StepPlan"]
 
 
 class PlanInputs:
-    """The packed arrays of a plan, made when first asked for: a simulator never asks."""
+    """The packed arrays of a plan, made when first asked for: a simulator never asks. `taken`: blocks, call by call."""
 
     __slots__ = (
         "are_made",

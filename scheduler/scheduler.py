@@ -61,14 +61,14 @@ class Scheduler:
         sink: EventSink | None = None,
     ) -> None:
         require_kind("config", config, SchedulerConfig)
+        require_kind("manager", manager, KVCacheManager)
         for name, part, verb, example in (
-            ("manager", manager, "check_invariants", "KVCacheManager(CacheConfig(1000))"),
             ("policy", policy, "rank", "Priority()"),
             ("victim", victim, "choose", "LowestPriority()"),
             ("preemption", preemption, "choose", "Swap()"),
             ("sink", sink, "emit", "EventLog(file)"),
         ):
-            if part is not None or name == "manager":
+            if part is not None:
                 require_object(name, part, verb, example)
         self.config = config
         self.manager = manager
@@ -209,9 +209,10 @@ class Scheduler:
         `plan.num_drafts` says how many each row has. Rows with more to compute than their last token get none, nor does
         any row in a step that preempts, or if blocks are short for the drafts of all.
 
-        Raises StalePlanError, InvalidArgumentError, and UnknownIdError for drafts of a row that does not run; nothing
-        changes then. Whatever else is raised while the step is planned, by a policy or for want of memory, the step counts
-        as failed: what it gave is taken back, preempted requests wait, and the next call plans anew.
+        Raises StalePlanError, InvalidArgumentError, UnknownIdError for drafts of a row that does not run, and
+        BlockStateError within a step of the manager; nothing changes then. Whatever else is raised while the step is
+        planned, by a policy or for want of memory, the step counts as failed: what it gave is taken back, preempted
+        requests wait, and the next call plans anew.
         """
         now = as_time(now)
         if self.in_flight is not None:
@@ -276,8 +277,8 @@ class Scheduler:
         """How many next steps are sure to decode one token of each running row, and to do nothing else.
 
         0 while a step is in flight, if a row has more to compute or a sample waits that could be admitted, and where
-        tokens are real. The last of the steps is the first in which a sample ends, or the last for which there are
-        blocks. O(running).
+        tokens are real. The last of the steps is the first in which a sample ends, the last for which there are
+        blocks, or the last before those that wait may be admitted. O(running).
         """
         rows = self._running.rows
         if not self._all_decode or not len(rows):

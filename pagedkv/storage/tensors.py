@@ -103,7 +103,8 @@ class KVStorage:
             else:
                 self._start_cuda()
             self._layers = layer_views(self._buffers["device"], spec, layout)
-            self._zeros = torch.zeros(spec.bytes_per_block // WORD_BYTES, dtype=torch.int64, device=device)
+            num_zeros = spec.bytes_per_block // WORD_BYTES if zero_on == "alloc" else 0
+            self._zeros = torch.zeros(num_zeros, dtype=torch.int64, device=device)
 
     @classmethod
     def for_cache(
