@@ -206,15 +206,16 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Recount the pool from its tables. Raises InvariantViolation (I2). O(num_blocks)."""
-        free = self._free[: self._num_free]
-        evictable = np.fromiter(self.policy.order(), np.int64)
-        unheld = np.flatnonzero(self._state < HOLDER)
-        listed = np.sort(np.concatenate((free, evictable)))
-        if not np.array_equal(listed, unheld):
+        free, evictable = self._free[: self._num_free], np.array(list(self.policy.order()), np.int32)
+        num_listed = np.bincount(np.concatenate((free, evictable)), minlength=self.num_blocks)
+        is_unheld = self._state < HOLDER
+        if not (num_listed == is_unheld).all():
+            wrong = np.flatnonzero(num_listed != is_unheld)[:20]
             raise InvariantViolation(
-                "I2", f"unheld blocks {unheld.tolist()[:20]} against listed {listed.tolist()[:20]}"
+                "I2",
+                f"blocks {wrong.tolist()} are unheld or listed as such {num_listed[wrong].tolist()} times, not both",
             )
-        if np.any(self._state[free] != 0) or np.any(self._state[evictable] != NAMED) or np.any(self._state < 0):
+        if self._state[free].any() or (self._state[evictable] != NAMED).any():
             raise InvariantViolation("I2", "a free block has a name or a holder, or an evictable one has none")
         if len(evictable) != len(self.policy):
             raise InvariantViolation("I2", f"the policy counts {len(self.policy)} blocks and lists {len(evictable)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from pagedkv.testing.allocator_protocol import Copies
 
@@ -68,10 +69,9 @@ class ContentShadow:
         self, blocks: list[int], histories: list[int], num_tokens: int, *, on_host: bool
     ) -> int | None:
         """The first position at which reading `blocks` does not give what was written, or None. O(num_tokens)."""
-        tier, size = self.host if on_host else self.device, self.block_size
-        for idx, block_id in enumerate(blocks):
-            expected = histories[idx * size : min((idx + 1) * size, num_tokens)]
-            if tier[block_id][: len(expected)] != expected:
-                pairs = zip(tier[block_id], expected, strict=False)
-                return idx * size + next(i for i, (found, wanted) in enumerate(pairs) if found != wanted)
-        return None
+        tier = self.host if on_host else self.device
+        found = list(chain.from_iterable([tier[block_id] for block_id in blocks]))[:num_tokens]
+        expected = histories[: len(found)]
+        if found == expected:
+            return None
+        return next(position for position, number in enumerate(found) if number != expected[position])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import fields
+from operator import attrgetter
 
 import numpy as np
 
 from pagedkv.config import CacheConfig
 from pagedkv.manager import KVCacheManager
 from pagedkv.plans import BlockCopies
+from pagedkv.statistics import PrefixCounters
 from pagedkv.testing.allocator_protocol import Capabilities, Copies, NewSlots
 
 __all__ = ["ManagerAllocator", "make_allocator"]
+
+COUNTERS = attrgetter(*(field.name for field in fields(PrefixCounters)))
+"""The prefix cache's counters as a tuple."""
 
 
 class ManagerAllocator:
@@ -23,6 +28,7 @@ class ManagerAllocator:
     def __init__(self, manager: KVCacheManager) -> None:
         self.manager = manager
         self._pool, self._host_pool = manager.memory.pool, manager.memory.host_pool
+        self._all_ids = [np.arange(pool.num_blocks) for pool in (self._pool, self._host_pool)]
 
     def open(self, sequence_id: Hashable, token_ids: Sequence[int], *, salt: bytes) -> int:
         """Tokens hit."""
@@ -83,19 +89,19 @@ class ManagerAllocator:
         """All that the manager knows, as plain values."""
         memory, table = self.manager.memory, self.manager.memory.sequences
         pools = [
-            (pool.order(), pool.counts(np.arange(pool.num_blocks)).tolist()) for pool in (memory.pool, memory.host_pool)
+            (pool.order(), pool.counts(ids).tolist())
+            for pool, ids in zip((self._pool, self._host_pool), self._all_ids, strict=True)
         ]
         live = table.is_live.nonzero()[0]
         columns = (table.num_known, table.num_computed, table.num_blocks, table.num_named, table.has_shared_tail)
         rows = [live.tolist(), *(column[live].tolist() for column in columns)]
-        width = int(table.num_blocks[live].max(initial=0))
+        width = max(rows[3], default=0)
         held = [
             block_ids[:num_blocks]
             for block_ids, num_blocks in zip(table.block_tables[live, :width].tolist(), rows[3], strict=True)
         ]
         on_host = {row: block_ids.tolist() for row, block_ids in memory.host_blocks.items()}
-        keys = memory.cache.keys_of(np.arange(memory.pool.num_blocks))
-        return pools, rows, held, on_host, keys, replace(memory.counters)
+        return pools, rows, held, on_host, memory.cache.keys_of(self._all_ids[0]), COUNTERS(memory.counters)
 
 
 def pairs(copies: BlockCopies) -> Copies:
