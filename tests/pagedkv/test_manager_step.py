@@ -96,6 +96,23 @@ def test_sequences_that_are_cut_or_closed_within_a_failed_step_stay_so(manager: 
     assert (manager.num_computed("a"), manager.num_computed("c"), "b" in manager) == (3, 0, False)
 
 
+def test_a_failed_step_leaves_what_was_written_before_it_to_whoever_forked_or_cut_it(manager: KVCacheManager) -> None:
+    manager.open("a", [1, 2, 3, 4])
+    manager.append("a", 4)
+    with failed_step(manager):
+        manager.fork("a", "b")
+        manager.truncate("a", 3)
+    assert (manager.num_computed("a"), manager.num_computed("b")) == (3, 4)
+
+
+def test_an_append_that_runs_short_within_a_step_leaves_nothing_to_take_back(manager: KVCacheManager) -> None:
+    manager.open("a", [1] * 18)
+    manager.append("a", 2)
+    with failed_step(manager):
+        assert manager.try_append("a", 16) is None
+    assert (manager.num_computed("a"), manager.statistics().num_used) == (2, 1)
+
+
 def test_an_interrupt_takes_a_step_back(manager: KVCacheManager) -> None:
     manager.open("a", [1, 2])
     with failed_step(manager, KeyboardInterrupt):

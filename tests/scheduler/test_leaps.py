@@ -64,6 +64,16 @@ def test_the_steps_of_a_leap_may_be_a_number_of_numpy(scheduler: Scheduler) -> N
     assert type(scheduler.schedule(5.0).step) is int
 
 
+def test_the_steps_ahead_end_where_admission_opens_again() -> None:
+    scheduler = Scheduler(
+        SchedulerConfig(16, 2, watermark=0.0, admission_interval=4), KVCacheManager(CacheConfig(16, 2))
+    )
+    scheduler.add(Request("a", SimulatedPrompt(1), 12), 0.0)
+    step(scheduler)
+    scheduler.add(Request("b", SimulatedPrompt(1), 2), 0.0)
+    assert (scheduler.num_steps_ahead(), scheduler.num_waiting) == (3, 1)
+
+
 def test_after_a_leap_that_ended_a_sample_the_others_go_on_without_a_plan(scheduler: Scheduler) -> None:
     scheduler.leap(3, 5.0)
 
