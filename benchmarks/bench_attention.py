@@ -20,11 +20,9 @@ from attention_machine import Machine
 from attention_peers import VllmCpu, flashinfer_why_not
 from attention_race import Bench
 from attention_table import show, verdicts
-from harness import RESULTS, Report
+from harness import RESULTS, Report, with_instruction_set
 
 from pagedkv.attention import backend_info
-from pagedkv.attention.backends import backend_named
-from pagedkv.attention.cpu.backend import CPUBackend
 
 
 def main() -> None:
@@ -78,18 +76,11 @@ def main() -> None:
         sys.exit("wrong results:\n" + "\n".join(bench.wrong))
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
+    results = RESULTS / f"{with_instruction_set('attention')}.json"
     if options.only is None and not options.quick:
-        results_file().write_text(json.dumps(content, indent=1) + "\n")
+        results.write_text(json.dumps(content, indent=1) + "\n")
     elif options.update:
-        update(results_file(), content)
-
-
-def results_file() -> Path:
-    """Figures of processors with AVX-512 are in attention.json; of others, in a file with the instruction set in its name."""
-    backend = backend_named("cpu")
-    assert isinstance(backend, CPUBackend)
-    best = "torch" if backend.unavailable() else backend.kernel.in_use[-1]
-    return RESULTS / ("attention.json" if best == "avx512" else f"attention_{best}.json")
+        update(results, content)
 
 
 def update(file: Path, new: dict[str, Any]) -> None:

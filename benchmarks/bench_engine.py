@@ -235,6 +235,7 @@ def main() -> None:
         elif only in (None, name):
             section(report, model)
     if only is None:
+        report.name = harness.with_instruction_set(report.name)
         report.write()
 
 

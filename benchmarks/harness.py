@@ -72,6 +72,15 @@ def machine() -> dict[str, str]:
     }
 
 
+def with_instruction_set(name: str) -> str:
+    """The name of results that depend on it: as it is on processors with AVX-512, else with the set of the C kernel in it."""
+    from pagedkv.attention.cpu.backend import CPUBackend  # Most benchmarks need no torch.
+
+    backend = CPUBackend()
+    best = "torch" if backend.unavailable() else backend.kernel.in_use[-1]
+    return name if best == "avx512" else f"{name}_{best}"
+
+
 class Report:
     """Collects rows, each with the yardstick measured right after it, prints them and writes them."""
 
