@@ -88,17 +88,9 @@ class Stages:
                 continue
             try:
                 # A copy: it may change its argument before it raises, or keep it.
-                processed = processor(history.known_token_ids, logits[place].clone())
+                logits[place] = _checked(processor(history.known_token_ids, logits[place].clone()), logits[place])
             except Exception as error:  # noqa: BLE001 - a caller's code may raise anything; it must not harm other rows
                 self._errors[int(self._indices[place])] = error
-                continue
-            if isinstance(processed, torch.Tensor) and processed.shape == logits[place].shape:
-                logits[place] = processed
-            else:
-                self._errors[int(self._indices[place])] = BadLogitsError(
-                    f"the logits processor must return a tensor of shape ({logits.shape[1]},), found "
-                    f"{tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__}"
-                )
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         by_chance = self._needs & Need.CHANCE
@@ -131,3 +123,17 @@ class Stages:
 def _select(tensor: torch.Tensor, places: Int64s) -> torch.Tensor:
     """A copy of some rows of a tensor, by indices of the host."""
     return tensor.index_select(0, torch.from_numpy(places).to(tensor.device))
+
+
+def _checked(processed: object, own: torch.Tensor) -> torch.Tensor:
+    """What a logits processor returned, if it can stand for `own`. Raises BadLogitsError."""
+    if not isinstance(processed, torch.Tensor) or processed.shape != own.shape or not processed.is_floating_point():
+        found = (
+            f"{processed.dtype} {tuple(processed.shape)}"
+            if isinstance(processed, torch.Tensor)
+            else type(processed).__name__
+        )
+        raise BadLogitsError(
+            f"the logits processor must return a tensor of floats of shape {tuple(own.shape)}, found {found}"
+        )
+    return processed
