@@ -152,9 +152,9 @@ class Paged:
 
     @classmethod
     def of(
-        cls, data: Data, *, is_scattered: bool = True, is_hnd: bool = False, cache: torch.dtype | None = None
+        cls, data: Data, *, is_scattered: bool = True, is_hnd: bool = True, cache: torch.dtype | None = None
     ) -> Paged:
-        """Caches with what `data` holds, quantised if `cache` says so."""
+        """Caches with what `data` holds, as `KVStorage` lays them out by default; quantised if `cache` says so."""
         case = data.case
         tables = data.block_tables(case.block_size, is_scattered=is_scattered)
         slots = torch.cat(data.slots(tables, case.block_size))

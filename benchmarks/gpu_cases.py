@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,9 +40,15 @@ class Case:
     heads: tuple[int, int] = (32, 8)
     dims: tuple[int, int] = (128, 128)
     block_size: int = 16
+    layout: Literal["NHD", "HND"] = "HND"
     is_latent: bool = False
     is_scattered: bool = True
     is_write: bool = False
+
+    @property
+    def pool_kind(self) -> tuple[Any, ...]:
+        """What cases have in common that can take their blocks from one pool."""
+        return self.cache, self.heads, self.dims, self.block_size, self.layout, self.is_latent
 
     @property
     def seqs(self) -> list[tuple[int, int]]:
@@ -86,13 +92,13 @@ class Pool:
     def __init__(self, case: Case, num_blocks: int) -> None:
         packing = 2 if case.cache == "int4" else 1
         shape = (num_blocks, case.block_size, case.heads[1])
-        dtype = CACHE_DTYPES[case.cache]
-        self.keys = random_numbers((*shape, case.dims[0] // packing), dtype)
-        self.values = (
-            self.keys[..., : case.dims[1]]
-            if case.is_latent
-            else random_numbers((*shape, case.dims[1] // packing), dtype)
-        )
+        # Of strides in the order of the layout, (num_blocks, block_size, kv_heads, dim) whichever it is.
+        in_order = shape if case.layout == "NHD" else (num_blocks, case.heads[1], case.block_size)
+        caches = [
+            in_layout(random_numbers((*in_order, dim // packing), CACHE_DTYPES[case.cache]), case.layout)
+            for dim in (case.dims[:1] if case.is_latent else case.dims)
+        ]
+        self.keys, self.values = caches[0], caches[-1][..., : case.dims[1] // packing]
         self.scales = [_scale(CacheFormat(case.cache), shape, dim) for dim in case.dims]
         if case.is_latent:
             self.scales[1] = self.scales[0]
@@ -122,12 +128,13 @@ class Pool:
         query = torch.randn(int(query_lens.sum()), case.heads[0], case.dims[0], device="cuda").bfloat16()
         sizes = (*case.heads, case.dims[0], case.block_size)
         if max(query_lens) == 1:
-            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(room, "NHD", use_tensor_cores=True)
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(room, case.layout, use_tensor_cores=True)
             wrapper.plan(ends[1], pages, last, *sizes, q_data_type=query.dtype, kv_data_type=self.keys.dtype)
         else:
-            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(room, "NHD")
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(room, case.layout)
             wrapper.plan(*ends, pages, last, *sizes, causal=True, q_data_type=query.dtype, kv_data_type=self.keys.dtype)
-        return [lambda: wrapper.run(query, (self.keys, self.values))]
+        caches = (in_layout(self.keys, case.layout), in_layout(self.values, case.layout))
+        return [lambda: wrapper.run(query, caches)]
 
     def _attend(self, case: Case, ids: np.ndarray) -> Call:
         query_lens, lengths = np.array(case.seqs, np.int32).T
@@ -191,6 +198,11 @@ def random_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     for piece in flat.split(2**28):
         piece.copy_(torch.randn(len(piece), device="cuda"))
     return tensor
+
+
+def in_layout(cache: Tensor, layout: str) -> Tensor:
+    """A cache in the order of its layout as the op takes it, and the other way round: a view."""
+    return cache if layout == "NHD" else cache.transpose(1, 2)
 
 
 def _scale(cache_format: CacheFormat, shape: tuple[int, int, int], dim: int) -> Tensor | None:

@@ -48,6 +48,7 @@ def cases() -> dict[str, list[Any]]:
         "decode, other caches": codes,
         "decode, other shapes": [
             Case("decode 64 x 4k, blocks in order", ((64, 1, 4096),), is_scattered=False),
+            Case("decode 64 x 4k, NHD", ((64, 1, 4096),), layout="NHD"),
             Case("decode 64 x 4k, blocks of 64", ((64, 1, 4096),), block_size=64),
             Case("decode 64 x 4k, blocks of 1", ((64, 1, 4096),), block_size=1),
             Case("decode 64 x 4k, 32 heads each their own", ((64, 1, 4096),), heads=(32, 32)),
@@ -85,16 +86,15 @@ def time_section(section: list[Any], limit: dict[str, float]) -> list[Row]:
     rows = []
     pool, made_for = None, None
     for case in section:
-        shape = (case.cache, case.heads, case.dims, case.block_size, case.is_latent)
-        if shape != made_for:
+        if case.pool_kind != made_for:
             # The old one has to go before the new one comes.
             pool = None
             torch.cuda.empty_cache()
-            alike = [c for c in section if (c.cache, c.heads, c.dims, c.block_size, c.is_latent) == shape]
+            alike = [c for c in section if c.pool_kind == case.pool_kind]
             most = max(c.num_blocks for c in alike)
             pool, made_for = (
                 Pool(case, max(most, 4 * min(c.num_blocks for c in alike), 2**17 // case.block_size)),
-                shape,
+                case.pool_kind,
             )
         assert pool is not None
         figures = milliseconds(pool.calls(case))

@@ -85,7 +85,7 @@ def read_file(
     return saved, content
 
 
-def read_saved(path: str | os.PathLike[str], spec: KVSpec, *, layout: Layout = "NHD") -> SavedBlocks:
+def read_saved(path: str | os.PathLike[str], spec: KVSpec, *, layout: Layout = "HND") -> SavedBlocks:
     """How many blocks to take for a file. Checks all but the digest. Raises SavedBlocksError or OSError. O(header)."""
     with _opened(Path(path)) as file:
         return _checked_header(file, Path(path), spec, layout)[0]

@@ -63,7 +63,7 @@ class KVStorage:
         device: torch.device | str = "cpu",
         host_blocks: int = 0,
         *,
-        layout: Layout = "NHD",
+        layout: Layout = "HND",
         zero_on: ZeroOn = "never",
     ) -> None:
         """Take the memory. `layout` orders tokens (N), heads (H) and channels (D) within a layer of a block.
@@ -113,7 +113,7 @@ class KVStorage:
         config: CacheConfig,
         device: torch.device | str = "cpu",
         *,
-        layout: Layout = "NHD",
+        layout: Layout = "HND",
         zero_on: ZeroOn | None = None,
     ) -> Self:
         """The storage of the memory that `config` describes: its sizes, and wiped blocks where tenants share it.

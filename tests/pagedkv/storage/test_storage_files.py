@@ -151,7 +151,7 @@ def rewritten(path: Path, tensors: dict | None = None, **header: str) -> Path:
 OTHERS = [
     ("dtype", small_spec("float16"), "NHD", "spec"),
     ("shape", small_spec("bfloat16", num_layers=1, num_kv_heads=4), "NHD", "spec"),
-    ("layout", small_spec(), "HND", "layout"),
+    ("layout", small_spec(), "NHD", "layout"),
 ]
 
 
