@@ -149,8 +149,8 @@ def rewritten(path: Path, tensors: dict | None = None, **header: str) -> Path:
 
 
 OTHERS = [
-    ("dtype", small_spec("float16"), "NHD", "spec"),
-    ("shape", small_spec("bfloat16", num_layers=1, num_kv_heads=4), "NHD", "spec"),
+    ("dtype", small_spec("float16"), "HND", "spec"),
+    ("shape", small_spec("bfloat16", num_layers=1, num_kv_heads=4), "HND", "spec"),
     ("layout", small_spec(), "NHD", "layout"),
 ]
 
