@@ -148,7 +148,7 @@ def _digest(header: Mapping[str, str], content: Tensor) -> str:
 def _write(path: Path, content: Tensor, header: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=".pagedkv-", suffix=".part", dir=path.parent)
     part = Path(name)
     try:
         save_file({TENSOR: content}, part, metadata=header)

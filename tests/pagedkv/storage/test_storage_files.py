@@ -34,6 +34,13 @@ def test_saved_blocks_come_back_to_the_bit_in_other_blocks(tmp_path: Path, dtype
     assert not other.read_blocks(ids(1, 3)).any()
 
 
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 255)
+    filled(small_spec(), 1).save_blocks(path, ids(0))
+
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_says_how_many_blocks_to_take(tmp_path: Path) -> None:
     storage = filled(small_spec(), 4)
     storage.save_blocks(tmp_path / "a", ids(3, 0), num_tokens=3, metadata={"x": ""})
