@@ -150,6 +150,35 @@ def test_caches_of_more_than_two_billion_elements_are_addressed_in_64_bits() -> 
     assert torch.equal(attend(cache, ids), attend(small, [0, 1]))
 
 
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """The same numbers with 2^30 elements from one to the next along `dim`, 2^31 to the third: mostly address space."""
+    strides = list(tensor.stride())
+    strides[dim] = 2**30
+    room = torch.empty(2**30 * (tensor.shape[dim] - 1) + tensor.numel(), dtype=tensor.dtype)
+    return room.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize("cache", ["float", "fp8_e5m2", "int8"])
+@pytest.mark.parametrize("name", ["slots", "heads"])
+def test_slots_and_heads_are_addressed_in_64_bits(name: str, cache: str) -> None:
+    batch = Batch(
+        lens=((1, 6),), dtype="float16", cache=cache, fp8_scale="head", block_size=3, num_kv_heads=3, head_dim=16,
+        value_dim=16,
+    )  # fmt: skip
+    near = batch.tensors()
+    wanted, _ = batch.call("triton")
+
+    far, out = dict(near), torch.empty_like(near["query"])
+    for key in ("key_cache", "value_cache", "k_scale", "v_scale"):
+        if key in near and (name == "heads" or near[key].ndim > 1):
+            far[key] = far_apart(near[key].contiguous(), {"slots": 1, "heads": 2}[name] if near[key].ndim > 1 else 0)
+    if name == "heads":
+        far["query"], out = far_apart(near["query"].contiguous(), 1), far_apart(out, 1)
+    paged_attention(**far, out=out, backend="triton")  # type: ignore[arg-type]
+
+    assert torch.equal(out, wanted)
+
+
 def test_the_interpreter_is_chosen_by_name_only() -> None:
     names = [info.name for info in backend_info()]
 
