@@ -9,7 +9,7 @@ from agreement import check, divided
 from batches import Batch
 from torch import Tensor
 
-from pagedkv.attention import backend_info, paged_attention, plan
+from pagedkv.attention import backend_info, pack_tree_mask, paged_attention, plan
 from pagedkv.attention.backends import backend_named, pick_for_device
 from pagedkv.attention.partition import PlanCounts
 from pagedkv.attention.triton_kernels import is_interpreted
@@ -148,6 +148,38 @@ def test_caches_of_more_than_two_billion_elements_are_addressed_in_64_bits() -> 
         return out
 
     assert torch.equal(attend(cache, ids), attend(small, [0, 1]))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"cache": "fp8_e4m3"},
+        {"cache": "int8"},
+        {"cache": "int4"},
+        {"layout": "latent", "head_dim": 80, "value_dim": 64},
+    ],
+    ids=lambda more: "-".join(str(value) for value in more.values()) or "plain",
+)
+def test_nan_in_a_draft_that_no_query_sees_stays_there(more: dict[str, object]) -> None:
+    batch = Batch(lens=((3, 20),), block_size=20, **more)  # type: ignore[arg-type]
+    # Nobody sees the second of three query tokens, which lies in slot 18.
+    sees = torch.tensor([[True, False, False], [True, False, False], [True, False, True]])
+    clean = {**batch.tensors(), "tree_mask": pack_tree_mask(sees)}
+    spoilt = {name: tensor.clone() for name, tensor in clean.items()}
+    if more.get("layout") == "latent":
+        spoilt["value_cache"] = spoilt["key_cache"][..., :64]
+    for name in ("k_scale", "v_scale") if "k_scale" in clean else ("key_cache", "value_cache"):
+        unseen = spoilt[name][:, 18]
+        poison = torch.full(unseen.shape, torch.nan).to(unseen.dtype)
+        unseen.view(torch.uint8).copy_(poison.view(torch.uint8))
+
+    wanted = paged_attention(**clean, backend="triton")  # type: ignore[arg-type]
+    found = paged_attention(**spoilt, backend="triton")  # type: ignore[arg-type]
+
+    assert isinstance(wanted, Tensor)
+    assert not wanted.isnan().any()
+    assert torch.equal(found, wanted)  # type: ignore[arg-type]
 
 
 def far_apart(tensor: Tensor, dim: int) -> Tensor:
