@@ -193,7 +193,6 @@ def attend_tasks(
                 tile = tl.where(step < full_start, step, step - full_start + full_end)
             key_positions = first_key + tile * KEYS + tl.arange(0, KEYS)
             in_range = key_positions < end_key
-            has_value = in_range
             if MASKED:
                 block_ids = tl.load(table + key_positions // BLOCK_SIZE, mask=in_range, other=0).to(tl.int64)
             else:
@@ -241,9 +240,6 @@ def attend_tasks(
                         tree_rows = tree_mask + tokens.to(tl.int64) * stride_tree
                         words = tl.load(tree_rows[:, None] + (branch >> 5)[None, :], mask=word_mask, other=0)
                         visible &= (branch < 0)[None, :] | (((words >> (branch & 31)[None, :]) & 1) == 1)
-                        # Values that no row sees may be NaN, and a weight of 0 does not undo that. Without a tree
-                        # the range ends where the rows' sight does.
-                        has_value = tl.max(visible.to(tl.int32), 0) > 0
                     scores = tl.where(visible, scores, -float("inf"))
                 new_highest = tl.maximum(highest, tl.max(scores, 1))
                 # A row that has seen nothing yet: any base will do but -inf.
@@ -257,9 +253,15 @@ def attend_tasks(
                 decay = tl.exp2(highest - new_highest)
             highest = new_highest
             total = total * decay + tl.sum(weights, 1)
+            if MASKED and tree_mask is not None:
+                # Values that no row sees may be NaN, and a weight of 0 does not undo that. Without a tree the range ends
+                # where the rows' sight does.
+                is_seen = tl.max(weights, 0) > 0
             if FORMAT == "int8":
                 if MASKED:
-                    token_scales = tl.load(value_scales, mask=has_value, other=0.0)
+                    token_scales = tl.load(value_scales, mask=in_range, other=0.0)
+                    if tree_mask is not None:
+                        token_scales = tl.where(is_seen, token_scales, 0.0)
                 else:
                     token_scales = tl.load(value_scales)
                 new_unit = tl.maximum(unit, tl.max(tl.abs(token_scales), 0))
@@ -270,14 +272,16 @@ def attend_tasks(
 
             if VALUES_ARE_KEYS:
                 value_a = tl.trans(key_a)
-                if MASKED and tree_mask is not None:
-                    value_a = tl.where(has_value[:, None], value_a, 0.0)
                 value_b = value_a
             else:
                 value_a, value_b = read_parts(
-                    value_rows, value_scales, stride_v_scale_group, has_value,
+                    value_rows, value_scales, stride_v_scale_group, in_range,
                     VALUE_DIM, VALUE_A, VALUE_B, FORMAT, VALUE_GROUP_BYTES, DTYPE, MASKED, False,
                 )  # fmt: skip
+            if MASKED and tree_mask is not None:
+                value_a = tl.where(is_seen[:, None], value_a, 0.0)
+                if VALUE_B > 0:
+                    value_b = tl.where(is_seen[:, None], value_b, 0.0)
             shares = narrowed(weights, DTYPE)
             sum_a = product(shares, value_a, sum_a * decay[:, None])
             if VALUE_B > 0:
