@@ -111,7 +111,7 @@ def tile_for(features: Features, *, is_decode: bool, is_interpreted: bool) -> Ti
         parts = [key_parts(dim, features.cache_format) for dim in (features.head_dim, features.value_dim)]
         most = 64 if max(part.a + part.b for part in parts) <= 576 else 32
         rows = min(decode_rows(features.num_q_heads // features.num_kv_heads), most) if is_decode else most
-        return Tile(rows, 32, 8 if rows == most else 4, 3)
+        return Tile(rows, 32, 8 if rows == 64 or most == 32 else 4, 3)
     if is_decode:
         rows = min(decode_rows(features.num_q_heads // features.num_kv_heads), 64)
         return Tile(rows, _decode_keys(width, features.cache_format), 4, 5)

@@ -165,7 +165,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # Bytes of stack that a kind may need, where registers run out; a few are harmless. The sums of the latent take half of
 # them, and its keys in fp8 pass through the rest on their way to wgmma.
-ALLOWED_STACK = {"bfloat16 576/512": 256, "fp8_e4m3 576/512": 1024, "int4 576/512": 256, "bfloat16 1024": 512}
+ALLOWED_STACK = {"bfloat16 576/512": 256, "fp8_e4m3 576/512": 1024, "int4 576/512": 256, "bfloat16 1024": 256}
 DEFAULT_STACK = 64
 
 
