@@ -92,13 +92,13 @@ def pick_for_device(device: torch.device) -> Backend:
     for backend in _registry().values():
         if backend.runs_on(device_type) and backend.unavailable() is None:
             return backend
-    raise AttentionArgumentError(f"no backend runs on {device}")  # pragma: no cover - the reference runs everywhere
+    raise AttentionArgumentError(f"no backend runs on {device}")
 
 
 def pick_backend(features: Features, name: str | None, *, for_write: bool = False) -> Backend:
     """The backend called `name`, or the first that can do all that is asked.
 
-    Raises BackendUnsupportedError, naming what it cannot do.
+    Raises BackendUnsupportedError, naming what it cannot do, and AttentionArgumentError if none runs on the device.
     """
     device_type = features.device.type
     if name is not None:
@@ -114,9 +114,8 @@ def pick_backend(features: Features, name: str | None, *, for_write: bool = Fals
             continue
         if (backend.refuses_write(features) if for_write else backend.refuses(features)) is None:
             return backend
-    raise BackendUnsupportedError(
-        "reference", "no backend can do this"
-    )  # pragma: no cover - the reference does everything
+    # The reference does everything wherever it runs.
+    raise AttentionArgumentError(f"no backend runs on {features.device}")
 
 
 def backend_info() -> list[BackendInfo]:

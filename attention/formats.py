@@ -109,7 +109,7 @@ def quantize(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[
         return values.to(dtype), None
     x = values.float()
     if cache_format is CacheFormat.INT8:
-        step = x.abs().amax(-1) / 127.0
+        step = x.abs().amax(-1) / _beside(x, 127.0)
         codes = torch.round(x / torch.where(step > 0, step, 1.0)[..., None])
         return codes.to(torch.int8), step
     if cache_format is CacheFormat.INT4:
@@ -120,11 +120,16 @@ def quantize(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[
     return x.clamp(-largest, largest).to(dtype), None
 
 
+def _beside(x: Tensor, number: float) -> Tensor:
+    # By a number, torch divides on CUDA through the reciprocal, which may differ from the quotient in the last bit.
+    return x.new_full((), number)
+
+
 def _quantize_int4(values: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     # The size is spelled out: torch cannot infer it where there are no values.
     grouped = values.reshape(*values.shape[:-1], num_groups, values.shape[-1] // num_groups)
     minimum = grouped.amin(-1).bfloat16()
-    step = ((grouped.amax(-1) - minimum.float()) / 15.0).bfloat16()
+    step = ((grouped.amax(-1) - minimum.float()) / _beside(values, 15.0)).bfloat16()
     safe_step = torch.where(step > 0, step.float(), 1.0)[..., None]
     codes = ((grouped - minimum.float()[..., None]) / safe_step).round().clamp(0, 15).to(torch.uint8).flatten(-2)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), torch.stack((step, minimum), dim=-1)

@@ -41,6 +41,7 @@ class ReferenceBackend:
         """The library it is written in."""
         return f"torch {torch.__version__}, one sequence at a time"
 
+    @torch.no_grad()
     def attend(self, call: AttentionCall) -> None:
         """One sequence after the other: gather its keys and values, then softmax over all of them."""
         seq_lens = call.seq_lens.tolist()
@@ -50,6 +51,7 @@ class ReferenceBackend:
             if first < end:
                 _attend_one(call, seq_idx, first, end, length)
 
+    @torch.no_grad()
     def write(self, call: WriteCall) -> None:
         """Scatter, token by token in one indexed assignment per cache."""
         _write_one(call.key, call.key_cache, call.slot_mapping, call.k_scale)

@@ -21,7 +21,7 @@ _LIBRARY.define(
     "paged_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor query, Tensor key_cache, Tensor value_cache, "
     "Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, float scale, bool causal, int window_left, "
     "int window_right, float softcap, Tensor? sinks, Tensor? alibi_slopes, Tensor? tree_mask, Tensor? k_scale, "
-    "Tensor? v_scale, Tensor? tasks, Tensor? merges, int[] counts, str backend) -> ()"
+    "Tensor? v_scale, Tensor? tasks, Tensor? merges, SymInt[] counts, str backend) -> ()"
 )
 _LIBRARY.define(
     "write_kv(Tensor key, Tensor? value, Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor slot_mapping, "

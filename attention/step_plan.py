@@ -127,8 +127,8 @@ def plan(
         fixed_size=fixed_size,
     )
     return AttentionPlan(
-        tasks=_on_device(torch.from_numpy(tasks), device),
-        merges=_on_device(torch.from_numpy(merges) if merges.size else _NO_MERGES, device),
+        tasks=_on_device(tasks, device),
+        merges=_NO_MERGES if device.type == "cpu" and not merges.size else _on_device(merges, device),
         counts=counts,
         num_seqs=len(lengths),
         num_tokens=int(starts[-1]),
@@ -149,9 +149,17 @@ def _on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
     return array
 
 
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(array: Int32s, device: torch.device) -> Tensor:
+    if torch.is_inference_mode_enabled():
+        # A plan may outlive the mode that it was made in, and `take_over` writes to its tensors.
+        with torch.inference_mode(False):
+            return _on_device(array, device)
+    tensor = torch.from_numpy(array)
     # `to` takes half a microsecond even where there is nothing to do.
-    return tensor if device.type == "cpu" else tensor.to(device)
+    if device.type == "cpu":
+        return tensor
+    # From memory that is not pinned, a copy waits for all that the GPU has been given so far.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagedkv.attention import CacheFormat, paged_attention, plan, scale_shape, write_kv
 
-__all__ = ["Call", "Case", "Pool", "random_numbers", "rotations", "warm"]
+__all__ = ["Call", "Case", "Pool", "brief", "random_numbers", "rotations", "warm"]
 
 CACHE_DTYPES = {
     "float": torch.bfloat16,
@@ -179,13 +179,22 @@ class Pool:
         return lambda: write_kv(*arguments, **scales, check_slots=False, backend="triton")
 
 
-def warm(case: Case) -> str:
-    """Compile what a case needs, into the cache on disk. For worker processes."""
+def warm(case: Case) -> str | None:
+    """Compile what a case needs, into the cache on disk; why it does not run, None if it does. For worker processes."""
     small = case.shrunk()
-    for call in Pool(small, small.num_blocks).calls(small):
-        call()
-    torch.cuda.synchronize()
-    return case.name
+    try:
+        for call in Pool(small, small.num_blocks).calls(small):
+            call()
+        torch.cuda.synchronize()
+    # Whatever it is, a kernel that does not compile among it: it costs the row of this case, not the run.
+    except Exception as error:  # noqa: BLE001
+        return brief(error)
+    return None
+
+
+def brief(error: Exception) -> str:
+    """Its type and the first line of its message, in plain text: not every error can be sent from process to process."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def random_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -77,8 +77,13 @@ def cases() -> dict[str, list[Any]]:
     }
 
 
-def time_section(section: list[Any], limit: dict[str, float]) -> list[Row]:
-    """Rows of a section; cases of one shape share a cache."""
+def kind_of(case: Any) -> Any:
+    """What cases that need the same kernels have in common."""
+    return dataclasses.replace(case.shrunk(), name="")
+
+
+def time_section(section: list[Any], limit: dict[str, float], left_out: dict[Any, str]) -> list[Row]:
+    """Rows of a section; cases of one shape share a cache. left_out: kinds that do not run, and why."""
     from gpu_cases import Pool
     from gpu_peers import sdpa
     from gpu_timing import milliseconds
@@ -86,6 +91,10 @@ def time_section(section: list[Any], limit: dict[str, float]) -> list[Row]:
     rows = []
     pool, made_for = None, None
     for case in section:
+        if kind_of(case) in left_out:
+            rows.append({"what": case.name, "left_out": left_out[kind_of(case)]})
+            print(f"  {case.name}: left out, {left_out[kind_of(case)]}", flush=True)
+            continue
         if case.pool_kind != made_for:
             # The old one has to go before the new one comes.
             pool = None
@@ -193,7 +202,8 @@ def sweep(workers: ProcessPoolExecutor) -> list[Row]:
     ):
         case = Case(name, lens, **more)
         tiles = candidates(case)
-        fits = [tile for tile, ok in zip(tiles, workers.map(warm_tile, [case] * len(tiles), tiles), strict=True) if ok]
+        reasons = list(workers.map(warm_tile, [case] * len(tiles), tiles))
+        fits = [tile for tile, why in zip(tiles, reasons, strict=True) if why is None]
         pool = Pool(case, max(case.num_blocks, 2**17 // case.block_size))
         found = []
         for tile in fits:
@@ -202,7 +212,11 @@ def sweep(workers: ProcessPoolExecutor) -> list[Row]:
         found.sort(key=lambda pair: pair[0])
         del pool
         torch.cuda.empty_cache()
-        rows.append({"what": name, "tiles": [{"ms": ms, **dataclasses.asdict(tile)} for ms, tile in found]})
+        left_out = [
+            {"left_out": why, **dataclasses.asdict(tile)} for tile, why in zip(tiles, reasons, strict=True) if why
+        ]
+        tried = [{"ms": ms, **dataclasses.asdict(tile)} for ms, tile in found]
+        rows.append({"what": name, "tiles": tried + left_out})
         print(f"  {name}: " + "; ".join(f"{ms * 1000:.1f} us {tile}" for ms, tile in found[:3]), flush=True)
     return rows
 
@@ -234,21 +248,21 @@ def main() -> int:
     with gpu_correctness.pool() as workers:
         sections = {} if options.quick else cases()
         # Compiled while the checks run.
-        kinds = {dataclasses.replace(c.shrunk(), name=""): c for section in sections.values() for c in section}
-        warming = [workers.submit(warm, case) for case in kinds.values()]
+        kinds = {kind_of(c): c for section in sections.values() for c in section}
+        warming = {kind: workers.submit(warm, case) for kind, case in kinds.items()}
         wrong = gpu_correctness.check_all(workers) + gpu_engine.check_all()
         for line in wrong:
             print(f"WRONG {line}")
-        if options.quick or wrong:
+        if options.quick:
             return 1 if wrong else 0
-        for future in warming:
-            future.result()
+        left_out = {kind: why for kind, future in warming.items() if (why := future.result())}
         swept = sweep(workers) if options.sweep else []
     limit = limits()
     print(f"copy {limit['copy_tb_per_s']:.2f} TB/s, bfloat16 product {limit['matmul_tflop_per_s']:.0f} TFLOP/s")
-    content: dict[str, Any] = {"about": about, "limits": limit, "sweep": swept, "sections": {}}
+    content: dict[str, Any] = {"about": about, "wrong": wrong, "limits": limit, "sweep": swept, "sections": {}}
     timed: list[Section] = [
-        (name, lambda limit, section=section: time_section(section, limit)) for name, section in sections.items()
+        (name, lambda limit, section=section: time_section(section, limit, left_out))
+        for name, section in sections.items()
     ]
     for name, section_rows in [*timed, *MORE_SECTIONS]:
         print(f"{name} ({time.perf_counter() - begun:.0f} s)", flush=True)
@@ -258,7 +272,7 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "gpu_attention.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"done in {time.perf_counter() - begun:.0f} s")
-    return 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

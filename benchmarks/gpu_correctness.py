@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "attention")
 from agreement import check
 from batches import Batch
 from caches import DTYPES, FORMATS
+from gpu_cases import brief
 from writes import Write
 
 from pagedkv.attention import paged_attention, plan, write_kv
@@ -61,6 +63,8 @@ FEATURES: tuple[dict[str, Any], ...] = (
         "num_kv_heads": 1,
         "lens": ((1, 600), (9, 40)),
     },
+    {"head_dim": 576, "value_dim": 576, "has_tree_mask": True},
+    {"head_dim": 1024, "value_dim": 1024},
 )
 QUANTISED: tuple[dict[str, Any], ...] = (
     {"cache": "fp8_e4m3"},
@@ -71,6 +75,16 @@ QUANTISED: tuple[dict[str, Any], ...] = (
     {"cache": "int4", "int4_groups": (4, 4)},
     {"cache": "int4", "int4_groups": (5, 1), "head_dim": 80, "value_dim": 96},
     {"cache": "fp8_e4m3", "head_dim": 576, "value_dim": 512, "layout": "latent", "group": 16, "num_kv_heads": 1},
+    {"cache": "int4", "head_dim": 576, "value_dim": 512, "int4_groups": (18, 16), "group": 16, "num_kv_heads": 1},
+    {
+        "cache": "int4",
+        "head_dim": 576,
+        "value_dim": 512,
+        "int4_groups": (18, 16),
+        "group": 128,
+        "num_kv_heads": 1,
+        "lens": ((1, 600), (9, 40)),
+    },
 )
 
 
@@ -104,9 +118,18 @@ def wrong(case: Batch | Write) -> str | None:
                 if tensor is not None and other is not None:
                     same = torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
                     assert same, f"{name} differs from the reference's"
-    except AssertionError as error:
-        return f"{case}: {error}"
+    # Whatever one case raises, a kernel that does not compile among it, the others are still to be told of.
+    except Exception as error:  # noqa: BLE001
+        return f"{case}: {brief(error)}"
     return None
+
+
+def told(check: Callable[[], str | None]) -> str | None:
+    """What a check says, or what it raises."""
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001
+        return f"{check.__name__}: {brief(error)}"
 
 
 def wrong_addresses() -> str | None:
@@ -163,6 +186,6 @@ def pool() -> ProcessPoolExecutor:
 def check_all(workers: ProcessPoolExecutor) -> list[str]:
     """What is wrong, a line for each case; an empty list if nothing is."""
     cases: list[Batch | Write] = [*batches_to_check(), *writes_to_check()]
-    found = [*workers.map(wrong, cases, chunksize=1), wrong_addresses(), wrong_graph()]
+    found = [*workers.map(wrong, cases, chunksize=1), told(wrong_addresses), told(wrong_graph)]
     print(f"correctness: {len(found)} cases, {sum(line is not None for line in found)} wrong")
     return [line for line in found if line is not None]

@@ -7,9 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-import torch
 from gpu_cases import Case, warm
-from triton.runtime.errors import OutOfResources
 
 from pagedkv.attention.triton_kernels import launch
 from pagedkv.attention.triton_kernels.tiles import Tile
@@ -35,11 +33,7 @@ def use_tile(tile: Tile) -> AbstractContextManager[Any]:
     return mock.patch.object(launch, "tile_for", return_value=tile)
 
 
-def warm_tile(case: Case, tile: Tile) -> bool:
-    """Compile a tile into the cache on disk; whether it fits the GPU. For worker processes."""
-    try:
-        with use_tile(tile):
-            warm(case)
-    except (OutOfResources, torch.OutOfMemoryError):
-        return False
-    return True
+def warm_tile(case: Case, tile: Tile) -> str | None:
+    """Compile a tile into the cache on disk; why it does not run on this GPU, None if it does. For worker processes."""
+    with use_tile(tile):
+        return warm(case)

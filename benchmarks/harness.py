@@ -49,6 +49,18 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=root)
 
 
+def _commit() -> str:
+    """The commit that runs, "-dirty" if the code was changed since; "unknown" without git, or outside of a repository."""
+    # Results that the same series has just written do not make the code another one.
+    code = [".", ":!benchmarks/results", ":!docs"]
+    try:
+        head = _git("rev-parse", "--short", "HEAD").stdout.strip()
+        is_changed = _git("diff", "--quiet", "HEAD", "--", *code).returncode != 0
+    except FileNotFoundError:
+        return "unknown"
+    return f"{head}{'-dirty' if is_changed else ''}" if head else "unknown"
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     model = "unknown"
@@ -58,17 +70,13 @@ def machine() -> dict[str, str]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = f"{names[0]}, {len(names)} cores" if names else model
-    # Results that the same series has just written do not make the code another one.
-    code = [".", ":!benchmarks/results", ":!docs"]
-    head = _git("rev-parse", "--short", "HEAD").stdout.strip()
-    is_changed = _git("diff", "--quiet", "HEAD", "--", *code).returncode != 0
     return {
         "cpu": model,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pagedkv": pagedkv.__version__,
-        "commit": f"{head}{'-dirty' if is_changed else ''}",
+        "commit": _commit(),
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pagedkv.arrays import Int32s, Int64s
 from pagedkv.attention import AttentionPlan, order_by_prefix, shared_with_previous
 from pagedkv.attention import plan as plan_attention
+from pagedkv.engine.device.transfers import staged
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["StepInputs"]
@@ -24,7 +25,7 @@ PlanKind = tuple[int, int, Window, bool]
 def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     # `to` takes half a microsecond even where there is nothing to do, and a step has seven tensors.
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.to(device)
+    return tensor if device.type == "cpu" else staged(tensor, device).to(device, non_blocking=True)
 
 
 class StepInputs:

@@ -116,7 +116,7 @@ def attend_tasks(
     positions = tokens + (length - end_of_queries)
 
     DTYPE: tl.constexpr = tl.float16 if IN_FLOAT16 else query.dtype.element_ty
-    query_rows = query + tokens.to(tl.int64) * stride_query_token + heads * stride_query_head
+    query_rows = query + tokens.to(tl.int64) * stride_query_token + heads.to(tl.int64) * stride_query_head
     channels = channels_of(KEY_A, FORMAT, 0, False)
     mask = row_exists[:, None] & (channels < HEAD_DIM)[None, :]
     query_a = tl.load(query_rows[:, None] + channels[None, :], mask=mask, other=0.0)
@@ -141,9 +141,9 @@ def attend_tasks(
     value_factor = 1.0
     if FORMAT == "fp8_e4m3" or FORMAT == "fp8_e5m2":
         if k_scale is not None:
-            factor *= tl.load(k_scale + kv_head * stride_k_scale_head)
+            factor *= tl.load(k_scale + kv_head.to(tl.int64) * stride_k_scale_head)
         if v_scale is not None:
-            value_factor = tl.load(v_scale + kv_head * stride_v_scale_head)
+            value_factor = tl.load(v_scale + kv_head.to(tl.int64) * stride_v_scale_head)
     if not HAS_SOFTCAP:
         factor *= LOG2_E
     slopes = factor
@@ -197,16 +197,16 @@ def attend_tasks(
                 block_ids = tl.load(table + key_positions // BLOCK_SIZE, mask=in_range, other=0).to(tl.int64)
             else:
                 block_ids = tl.load(table + key_positions // BLOCK_SIZE).to(tl.int64)
-            slots = key_positions % BLOCK_SIZE
+            slots = (key_positions % BLOCK_SIZE).to(tl.int64)
             key_rows = keys + block_ids * stride_key_block + slots * stride_key_slot
             value_rows = values + block_ids * stride_value_block + slots * stride_value_slot
             key_scales = key_rows
             value_scales = value_rows
             if FORMAT == "int8" or FORMAT == "int4":
                 key_scales = k_scale + block_ids * stride_k_scale_block + slots * stride_k_scale_slot
-                key_scales += kv_head * stride_k_scale_head
+                key_scales += kv_head.to(tl.int64) * stride_k_scale_head
                 value_scales = v_scale + block_ids * stride_v_scale_block + slots * stride_v_scale_slot
-                value_scales += kv_head * stride_v_scale_head
+                value_scales += kv_head.to(tl.int64) * stride_v_scale_head
 
             key_a, key_b = read_parts(
                 key_rows, key_scales, stride_k_scale_group, in_range,
@@ -253,9 +253,15 @@ def attend_tasks(
                 decay = tl.exp2(highest - new_highest)
             highest = new_highest
             total = total * decay + tl.sum(weights, 1)
+            if MASKED and tree_mask is not None:
+                # Values that no row sees may be NaN, and a weight of 0 does not undo that. Without a tree the range ends
+                # where the rows' sight does.
+                is_seen = tl.max(weights, 0) > 0
             if FORMAT == "int8":
                 if MASKED:
                     token_scales = tl.load(value_scales, mask=in_range, other=0.0)
+                    if tree_mask is not None:
+                        token_scales = tl.where(is_seen, token_scales, 0.0)
                 else:
                     token_scales = tl.load(value_scales)
                 new_unit = tl.maximum(unit, tl.max(tl.abs(token_scales), 0))
@@ -272,6 +278,10 @@ def attend_tasks(
                     value_rows, value_scales, stride_v_scale_group, in_range,
                     VALUE_DIM, VALUE_A, VALUE_B, FORMAT, VALUE_GROUP_BYTES, DTYPE, MASKED, False,
                 )  # fmt: skip
+            if MASKED and tree_mask is not None:
+                value_a = tl.where(is_seen[:, None], value_a, 0.0)
+                if VALUE_B > 0:
+                    value_b = tl.where(is_seen[:, None], value_b, 0.0)
             shares = narrowed(weights, DTYPE)
             sum_a = product(shares, value_a, sum_a * decay[:, None])
             if VALUE_B > 0:
@@ -300,5 +310,5 @@ def attend_tasks(
         if lse is not None:
             places = tokens.to(tl.int64) * num_q_heads + heads
             tl.store(lse + places, (highest + log2_of(total)) * LN_2, mask=row_exists)
-        out_rows = out + tokens.to(tl.int64) * stride_out_token + heads * stride_out_head
+        out_rows = out + tokens.to(tl.int64) * stride_out_token + heads.to(tl.int64) * stride_out_head
         store_parts(out_rows, sum_a, sum_b, share, row_exists, VALUE_DIM, VALUE_A, VALUE_B, FORMAT)

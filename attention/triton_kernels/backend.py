@@ -12,7 +12,7 @@ import torch
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
 from pagedkv.attention.formats import CacheFormat
 from pagedkv.attention.partition import Partition
-from pagedkv.attention.triton_kernels.tiles import decode_rows, prefill_rows
+from pagedkv.attention.triton_kernels.tiles import MAX_HEAD_DIM, decode_rows, prefill_rows
 
 __all__ = ["TritonBackend", "is_interpreted"]
 
@@ -74,7 +74,10 @@ class TritonBackend:
         return device_type == "cuda" or (device_type == "cpu" and is_interpreted())
 
     def refuses(self, features: Features) -> str | None:
-        """float64, for which tensor cores keep no tile; and GPUs older than Ampere, or for e4m3 than Ada."""
+        """float64, for which tensor cores keep no tile; wide heads; and GPUs older than Ampere, or for e4m3 than Ada."""
+        widest = max(features.head_dim, features.value_dim)
+        if widest > MAX_HEAD_DIM:
+            return f"heads of more than {MAX_HEAD_DIM} channels do not fit in shared memory, these have {widest}"
         return self._refuses_types(features)
 
     def refuses_write(self, features: Features) -> str | None:

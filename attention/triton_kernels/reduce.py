@@ -66,5 +66,5 @@ def merge_splits(
         out_token = (first_token + token).to(tl.int64)
         if lse is not None:
             tl.store(lse + out_token * num_q_heads + head, (highest + log2_of(total)) * LN_2)
-        out_row = out + out_token * stride_out_token + head * stride_out_head
+        out_row = out + out_token * stride_out_token + head.to(tl.int64) * stride_out_head
         tl.store(out_row + channels, narrowed(sums * share, out.dtype.element_ty), mask=channels < VALUE_DIM)

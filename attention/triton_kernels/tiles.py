@@ -9,10 +9,12 @@ import torch
 from pagedkv.attention.call import Features
 from pagedkv.attention.formats import CacheFormat
 
-__all__ = ["Parts", "Tile", "decode_rows", "key_parts", "prefill_rows", "tile_for", "value_parts"]
+__all__ = ["MAX_HEAD_DIM", "Parts", "Tile", "decode_rows", "key_parts", "prefill_rows", "tile_for", "value_parts"]
 
 # Below 16 rows the tensor cores have no instruction.
 MIN_ROWS = 16
+# Of wider heads, no tile fits in shared memory.
+MAX_HEAD_DIM = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,12 @@ def tile_for(features: Features, *, is_decode: bool, is_interpreted: bool) -> Ti
         # No tensor core takes float32 whole: what limits are the registers of plain multiplications.
         return Tile(MIN_ROWS if is_decode or width > 256 else 32, 16, 4 if width > 256 else 8, 3)
     if width > 256:
-        # A row's sums are 512 wide: 64 rows of them are half of a multiprocessor's registers.
-        rows = min(decode_rows(features.num_q_heads // features.num_kv_heads), 64) if is_decode else 64
-        return Tile(rows, 32, 8 if rows == 64 else 4, 3)
+        # A row's sums are 512 wide: 64 rows of them are half of a multiprocessor's registers. Of wider rows, such as those of
+        # int4, which is padded from 576 to 1024, no more than 32 fit in its shared memory.
+        parts = [key_parts(dim, features.cache_format) for dim in (features.head_dim, features.value_dim)]
+        most = 64 if max(part.a + part.b for part in parts) <= 576 else 32
+        rows = min(decode_rows(features.num_q_heads // features.num_kv_heads), most) if is_decode else most
+        return Tile(rows, 32, 8 if rows == 64 or most == 32 else 4, 3)
     if is_decode:
         rows = min(decode_rows(features.num_q_heads // features.num_kv_heads), 64)
         return Tile(rows, _decode_keys(width, features.cache_format), 4, 5)

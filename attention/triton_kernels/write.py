@@ -11,6 +11,12 @@ __all__ = ["write_slots"]
 
 
 @triton.jit
+def _has_nan(tile):
+    """Whether a row holds a NaN, which `tl.min` and `tl.max` pass over."""
+    return tl.max((tile != tile).to(tl.int32), 1) > 0
+
+
+@triton.jit
 def _write_rows(
     new,
     cache,
@@ -57,6 +63,7 @@ def _write_rows(
         # Rows that are not wanted have nothing between infinities.
         lowest = tl.where(is_wanted, lowest, 0.0)
         largest = tl.where(is_wanted, largest, 0.0)
+        lowest = tl.where(_has_nan(even) | _has_nan(odd), float("nan"), lowest)
         minimum = narrowed(lowest, tl.bfloat16)
         step = narrowed(tl.div_rn(largest - minimum.to(tl.float32), tl.full((ROWS,), 15.0, tl.float32)), tl.bfloat16)
         base = minimum.to(tl.float32)[:, None]
@@ -77,8 +84,12 @@ def _write_rows(
         if FORMAT == "int8":
             numbers = numbers.to(tl.float32)
             step = tl.div_rn(tl.max(tl.abs(numbers), 1), tl.full((ROWS,), 127.0, tl.float32))
+            step = tl.where(_has_nan(numbers), float("nan"), step)
             safe_step = tl.broadcast_to(tl.where(step > 0, step, 1.0)[:, None], numbers.shape)
-            tl.store(places, rounded(tl.div_rn(numbers, safe_step)).to(tl.int8), mask=mask)
+            codes = rounded(tl.div_rn(numbers, safe_step))
+            # Times a scale that is not finite, every code is NaN; of a NaN there is no code.
+            codes = tl.where((step < float("inf"))[:, None], codes, 0.0)
+            tl.store(places, codes.to(tl.int8), mask=mask)
             scale_rows = scales + block_ids * stride_scale_block + offsets * stride_scale_slot
             tl.store(scale_rows + head * stride_scale_head, step, mask=is_wanted)
         elif FORMAT == "float":

@@ -157,13 +157,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16 192/128": {"dims": (192, 128), "heads": (16, 16)},
     "bfloat16 576/512": LATENT,
     "fp8_e4m3 576/512": {**LATENT, "cache_format": CacheFormat.FP8_E4M3},
+    "int4 576/512": {"heads": (128, 1), "dims": (576, 512), "cache_format": CacheFormat.INT4},
+    "bfloat16 1024": {"dims": (1024, 1024)},
     "float16 128": {"dtype": torch.float16},
     "float32 128": {"dtype": torch.float32},
     "extras 128": {"has_extras": True},
 }
 # Bytes of stack that a kind may need, where registers run out; a few are harmless. The sums of the latent take half of
 # them, and its keys in fp8 pass through the rest on their way to wgmma.
-ALLOWED_STACK = {"bfloat16 576/512": 256, "fp8_e4m3 576/512": 1024}
+ALLOWED_STACK = {"bfloat16 576/512": 256, "fp8_e4m3 576/512": 1024, "int4 576/512": 256, "bfloat16 1024": 256}
 DEFAULT_STACK = 64
 
 

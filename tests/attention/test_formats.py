@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagedkv.attention import AttentionArgumentError, CacheFormat, format_of, scale_shape, write_kv
 from pagedkv.attention.formats import dequantize, int4_groups, quantize
@@ -221,3 +224,22 @@ def test_a_write_of_no_tokens_does_nothing() -> None:
     write_kv(random(0, 2, 32), random(0, 2, 32), key_cache, value_cache, torch.zeros(0, dtype=torch.int64))
 
     assert not key_cache.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_steps_are_quotients_on_every_device(dtype: torch.dtype) -> None:
+    # On CUDA, torch divides by a number through its reciprocal, which kernels do not: only tensors may divide.
+    divisors = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.div.Tensor:
+                divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    values = random(3, 2, 32)
+    with Recorded():
+        quantize(values, dtype, None)
+
+    assert len(divisors) == 2
+    assert all(isinstance(divisor, Tensor) for divisor in divisors)

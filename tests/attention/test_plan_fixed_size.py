@@ -71,3 +71,14 @@ def test_a_plan_of_another_batch_is_not_taken_over() -> None:
     with pytest.raises(AttentionArgumentError, match="both of fixed_size"):
         fixed.take_over(planned([500, 5], [1, 1]))
     assert torch.equal(fixed.tasks, before)
+
+
+def test_a_plan_that_was_made_in_inference_mode_can_take_over_outside_of_it() -> None:
+    with torch.inference_mode():
+        made = planned([9000, 5], [1, 1], fixed_size=True)
+    later = planned([40, 7], [1, 1], fixed_size=True)
+
+    made.take_over(later)
+
+    assert torch.equal(made.tasks, later.tasks)
+    assert torch.equal(made.merges, later.merges)

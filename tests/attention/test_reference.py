@@ -189,3 +189,15 @@ def test_visible_keys_are_aligned_bottom_right() -> None:
     assert visible_keys(2, 3, causal=True, window=(-1, -1)).int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert visible_keys(3, 2, causal=True, window=(-1, -1)).int().tolist() == [[0, 0], [1, 0], [1, 1]]
     assert visible_keys(1, 4, causal=False, window=(1, 0)).int().tolist() == [[0, 0, 1, 1]]
+
+
+def test_results_have_no_gradient_and_out_may_be_a_leaf_that_wants_one() -> None:
+    step = small_step((2, 5))
+    query = step.query.clone().requires_grad_()
+    out = torch.empty_like(query).detach().requires_grad_()
+
+    result = paged_attention(query, *step.tensors[1:], backend="reference")
+    paged_attention(query, *step.tensors[1:], out=out, backend="reference")
+
+    assert not result.requires_grad
+    assert torch.equal(out, result)

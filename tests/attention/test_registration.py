@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import divided
 from small_steps import SmallStep, small_step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pagedkv.attention import paged_attention, plan, write_kv
+from pagedkv.attention import AttentionArgumentError, paged_attention, plan, write_kv
 
 BACKENDS = ("reference", "torch")
 # A write to an argument has no gradient, so torch's test of registered gradients does not apply.
@@ -154,3 +155,36 @@ def test_the_schema_says_what_is_written() -> None:
 
     assert written(attention) == ["out", "lse"]
     assert written(write) == ["key_cache", "value_cache", "k_scale", "v_scale"]
+
+
+def test_steps_that_differ_in_lengths_alone_share_graphs() -> None:
+    num_graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    layer = torch.compile(lambda *tensors, plan: paged_attention(*tensors, plan=plan), fullgraph=True, backend=counting)
+    num_tasks = []
+    for length in range(20, 180, 20):
+        step = small_step((1, length), (1, 5), dtype=torch.float32)
+        with divided("torch", 16, None, True):
+            made = plan(step.seq_lens, step.query_start_loc, num_q_heads=4, num_kv_heads=2, backend="torch")
+        found = layer(*step.tensors, plan=made)
+        num_tasks.append(made.counts.num_decode_tasks)
+        assert torch.equal(found, paged_attention(*step.tensors, plan=made))
+
+    assert len(set(num_tasks)) > 3
+    assert num_graphs <= 3
+
+
+def test_a_device_that_no_backend_runs_on_is_named() -> None:
+    step = step_of_two()
+    tensors = [tensor.to("meta") for tensor in step.tensors]
+
+    with pytest.raises(AttentionArgumentError, match=r"^no backend runs on meta$"):
+        paged_attention(*tensors)
+    with pytest.raises(AttentionArgumentError, match=r"^no backend runs on meta$"):
+        plan(step.seq_lens, step.query_start_loc, num_q_heads=4, num_kv_heads=2, device="meta")

@@ -9,7 +9,7 @@ from agreement import check, divided
 from batches import Batch
 from torch import Tensor
 
-from pagedkv.attention import backend_info, paged_attention, plan
+from pagedkv.attention import backend_info, pack_tree_mask, paged_attention, plan
 from pagedkv.attention.backends import backend_named, pick_for_device
 from pagedkv.attention.partition import PlanCounts
 from pagedkv.attention.triton_kernels import is_interpreted
@@ -148,6 +148,67 @@ def test_caches_of_more_than_two_billion_elements_are_addressed_in_64_bits() -> 
         return out
 
     assert torch.equal(attend(cache, ids), attend(small, [0, 1]))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"cache": "fp8_e4m3"},
+        {"cache": "int8"},
+        {"cache": "int4"},
+        {"layout": "latent", "head_dim": 80, "value_dim": 64},
+    ],
+    ids=lambda more: "-".join(str(value) for value in more.values()) or "plain",
+)
+def test_nan_in_a_draft_that_no_query_sees_stays_there(more: dict[str, object]) -> None:
+    batch = Batch(lens=((3, 20),), block_size=20, **more)  # type: ignore[arg-type]
+    # Nobody sees the second of three query tokens, which lies in slot 18.
+    sees = torch.tensor([[True, False, False], [True, False, False], [True, False, True]])
+    clean = {**batch.tensors(), "tree_mask": pack_tree_mask(sees)}
+    spoilt = {name: tensor.clone() for name, tensor in clean.items()}
+    if more.get("layout") == "latent":
+        spoilt["value_cache"] = spoilt["key_cache"][..., :64]
+    for name in ("k_scale", "v_scale") if "k_scale" in clean else ("key_cache", "value_cache"):
+        unseen = spoilt[name][:, 18]
+        poison = torch.full(unseen.shape, torch.nan).to(unseen.dtype)
+        unseen.view(torch.uint8).copy_(poison.view(torch.uint8))
+
+    wanted = paged_attention(**clean, backend="triton")  # type: ignore[arg-type]
+    found = paged_attention(**spoilt, backend="triton")  # type: ignore[arg-type]
+
+    assert isinstance(wanted, Tensor)
+    assert not wanted.isnan().any()
+    assert torch.equal(found, wanted)  # type: ignore[arg-type]
+
+
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """The same numbers with 2^30 elements from one to the next along `dim`, 2^31 to the third: mostly address space."""
+    strides = list(tensor.stride())
+    strides[dim] = 2**30
+    room = torch.empty(2**30 * (tensor.shape[dim] - 1) + tensor.numel(), dtype=tensor.dtype)
+    return room.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize("cache", ["float", "fp8_e5m2", "int8"])
+@pytest.mark.parametrize("name", ["slots", "heads"])
+def test_slots_and_heads_are_addressed_in_64_bits(name: str, cache: str) -> None:
+    batch = Batch(
+        lens=((1, 6),), dtype="float16", cache=cache, fp8_scale="head", block_size=3, num_kv_heads=3, head_dim=16,
+        value_dim=16,
+    )  # fmt: skip
+    near = batch.tensors()
+    wanted, _ = batch.call("triton")
+
+    far, out = dict(near), torch.empty_like(near["query"])
+    for key in ("key_cache", "value_cache", "k_scale", "v_scale"):
+        if key in near and (name == "heads" or near[key].ndim > 1):
+            far[key] = far_apart(near[key].contiguous(), {"slots": 1, "heads": 2}[name] if near[key].ndim > 1 else 0)
+    if name == "heads":
+        far["query"], out = far_apart(near["query"].contiguous(), 1), far_apart(out, 1)
+    paged_attention(**far, out=out, backend="triton")  # type: ignore[arg-type]
+
+    assert torch.equal(out, wanted)
 
 
 def test_the_interpreter_is_chosen_by_name_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 from pagedkv.attention.call import Features
 from pagedkv.attention.formats import CacheFormat
+from pagedkv.attention.triton_kernels import TritonBackend
 from pagedkv.attention.triton_kernels.tiles import Parts, Tile, decode_rows, key_parts, prefill_rows, tile_for
 
 BF16 = Features(torch.device("cuda"), torch.bfloat16, CacheFormat.FLOAT, 16, 32, 8, 128, 128)
@@ -46,6 +48,26 @@ def test_rows_of_a_task_fit_its_tiles() -> None:
 def test_the_tile_of_a_grouped_decode_is_as_small_as_the_tensor_cores_allow() -> None:
     assert tile_for(BF16, is_decode=True, is_interpreted=False).rows == 16
     assert tile_for(BF16, is_decode=False, is_interpreted=False) == Tile(128, 64, 8, 5)
+
+
+def test_heads_that_are_padded_to_1024_take_fewer_rows() -> None:
+    latent = dataclasses.replace(BF16, num_q_heads=128, num_kv_heads=1, head_dim=576, value_dim=512)
+    in_int4 = dataclasses.replace(latent, cache_format=CacheFormat.INT4)
+
+    for is_decode in (True, False):
+        assert tile_for(latent, is_decode=is_decode, is_interpreted=False) == Tile(64, 32, 8, 3)
+        assert tile_for(in_int4, is_decode=is_decode, is_interpreted=False) == Tile(32, 32, 8, 3)
+
+
+def test_heads_that_fit_no_tile_are_refused_by_name() -> None:
+    backend = TritonBackend()
+    wide = dataclasses.replace(BF16, device=torch.device("cpu"), value_dim=1025)
+
+    refusal = backend.refuses(wide)
+
+    assert refusal == "heads of more than 1024 channels do not fit in shared memory, these have 1025"
+    assert backend.refuses(dataclasses.replace(wide, value_dim=1024)) is None
+    assert backend.refuses_write(wide) is None
 
 
 def test_importing_attention_and_asking_what_runs_does_not_import_triton() -> None:

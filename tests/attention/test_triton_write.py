@@ -46,6 +46,22 @@ def test_a_write_stores_what_the_reference_stores(dtype: str, more: dict[str, ob
     check_write(Write(num_tokens=23, num_skipped=4, num_kv_heads=2, dtype=dtype, **more))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_nan_among_the_channels_makes_the_scale_nan(cache: str, backend: str) -> None:
+    write = Write(num_tokens=3, cache=cache, int4_groups=(2, 2))
+    tensors = write.tensors()
+    for name in ("key", "value"):
+        tensors[name][1, 0, [5, 40]] = torch.nan  # type: ignore[index]
+
+    write_kv(**tensors, backend=backend)  # type: ignore[arg-type]
+
+    for name in ("k_scale", "v_scale"):
+        scale = tensors[name].flatten(0, 1)[tensors["slot_mapping"]]  # type: ignore[union-attr]
+        assert scale[1].isnan().all()
+        assert not scale[[0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_is_rounded_to_nearest_even_and_saturates(dtype: torch.dtype) -> None:
     # Every number of the format, every midpoint between two of them, their neighbours, and what is out of range.
