@@ -131,7 +131,7 @@ def replay(
     tee = EventTee(log, sink)
     simulator = Simulator(trace, engine.make_scheduler(tee), engine.cost_model, log, leaps=config.leaps)
     simulator.run(progress, checks=config.checks)
-    described = {**dataclasses.asdict(config), **describe_engine(engine)}
+    described = {**dataclasses.asdict(config), "session_gap_s": trace.session_gap_s, **describe_engine(engine)}
     return make_run(simulator, tee, described, engine.cache.num_blocks, time.perf_counter() - started)
 
 

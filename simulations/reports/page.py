@@ -33,7 +33,7 @@ _LATENCIES = (
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _CHIEF_SETTINGS = (
     *("model", "device", "num_devices", "block_size", "num_blocks", "num_host_blocks", "prefix_caching", "eviction"),
-    *("policy", "preemption", "max_num_batched_tokens", "max_num_running", "rate_scale"),
+    *("policy", "preemption", "max_num_batched_tokens", "max_num_running", "rate_scale", "session_gap_s"),
 )
 
 

@@ -88,6 +88,7 @@ class ColumnBuilder:
         content_block_size: int | None = None,
         client_names: tuple[str, ...] = (),
         order: npt.NDArray[np.int64] | None = None,
+        session_gap_s: float | None = None,
     ) -> Trace:
         """Make the trace and check its promises; TraceError at the line of the first request that breaks one.
 
@@ -119,6 +120,7 @@ class ColumnBuilder:
             run_starts=starts,
             run_counts=counts,
             run_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            session_gap_s=session_gap_s,
         )
         problem = find_problem(trace)
         if problem is not None:

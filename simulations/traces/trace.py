@@ -35,6 +35,7 @@ class Trace:
     run_starts:         (num_runs,) int64, first id of each run
     run_counts:         (num_runs,) int64, ids in each run
     run_offsets:        (n + 1,) int64; request `i` owns runs `run_offsets[i]:run_offsets[i + 1]`
+    session_gap_s:      seconds between the starts of sessions, where the source holds sessions; else None
 
     Content ids are *prefix ids*: equal id means equal block and equal prompt up to there. A request has either none,
     one per full block, or one per block with the last naming a partial block. They stay in run-length form: a trace
@@ -53,6 +54,7 @@ class Trace:
     run_starts: npt.NDArray[np.int64]
     run_counts: npt.NDArray[np.int64]
     run_offsets: npt.NDArray[np.int64]
+    session_gap_s: float | None = None
 
     def __post_init__(self) -> None:
         for column in _COLUMNS:

@@ -44,7 +44,20 @@ def test_json_is_for_machines(tmp_path: Path) -> None:
     assert shown["num_finished"] == 2
     assert shown["trace"]["name"] == "t"
     assert shown["configuration"]["model"] == "Llama-3-8B"
+    assert shown["configuration"]["session_gap_s"] is None
     assert shown == json.loads((tmp_path / "pagedkv-report" / "summary.json").read_text())
+
+
+def test_the_gap_between_sessions_is_part_of_the_configuration(tmp_path: Path) -> None:
+    sessions = [
+        {"id": name, "block_size": 4, "requests": [{"t": 0, "in": 3, "out": 2, "runs": []}]} for name in ("a", "b")
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(session) + "\n" for session in sessions))
+
+    shown = [run("replay", "s.jsonl", "--session-gap", gap, "--json", cwd=tmp_path).stdout for gap in ("0", "30")]
+
+    assert [json.loads(text)["configuration"]["session_gap_s"] for text in shown] == [0.0, 30.0]
+    assert "<span>session_gap_s</span> 30.0" in (tmp_path / "pagedkv-report" / "report.html").read_text()
 
 
 def test_help_names_every_option_and_version_is_shown(tmp_path: Path) -> None:
