@@ -165,14 +165,17 @@ def _engine_of(
 ) -> VirtualEngine:
     header = record.header
     cache = dataclasses.replace(header.cache, **{name: options[name] for name in CACHE_OPTIONS if name in options})
-    has_hardware = any(name in options for name in HARDWARE_OPTIONS)
-    if cost_model is None and not has_hardware:
-        cost_model = fit_steps(record.steps.load, record.steps.end_s - record.steps.start_s).model
-    elif cost_model is None:
+    hardware_options = [name for name in HARDWARE_OPTIONS if name in options]
+    if hardware_options and cost_model is not None:
+        raise ConfigError("model and device say how long a step takes, and so does the cost model: give one of the two")
+    if hardware_options and "model" not in options and "device" not in options:
+        names = " and ".join(hardware_options)
+        raise ConfigError(f"{names} cannot change step times that are fitted to the run: give model or device, too")
+    if hardware_options:
         model, device, hardware = hardware_of(config, cache.block_size)
         cost_model = RooflineCostModel(model, device, **hardware)
-    elif has_hardware:
-        raise ConfigError("model and device say how long a step takes, and so does the cost model: give one of the two")
+    elif cost_model is None:
+        cost_model = fit_steps(record.steps.load, record.steps.end_s - record.steps.start_s).model
     limits = {name: options[name] for name in LIMIT_OPTIONS if name in options}
     policy, victim = order_named(config.policy) if "policy" in options else (header.policy, header.victim)
     preemption = header.preemption

@@ -227,6 +227,15 @@ def test_model_and_cost_model_together_are_refused(tmp_path: Path) -> None:
         replay_run(read_run(tmp_path / "run"), COSTS, {"model": "Llama-3-8B"})
 
 
+@pytest.mark.parametrize("option", [{"kv_bits": 8}, {"weight_bits": 8}, {"num_devices": 2}])
+def test_parts_of_a_preset_are_refused_where_step_times_are_fitted(tmp_path: Path, option: dict[str, int]) -> None:
+    record_run(tmp_path / "run", 1)
+    (name,) = option
+
+    with pytest.raises(ConfigError, match=f"{name} cannot change step times .* give model or device, too"):
+        replay_run(read_run(tmp_path / "run"), None, option)
+
+
 def test_without_a_cost_model_the_steps_of_the_run_say_how_long_steps_take(tmp_path: Path) -> None:
     record_run(tmp_path / "run", 1, num_blocks=30, preemption=Swap())
     record = read_run(tmp_path / "run")
