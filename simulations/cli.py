@@ -179,6 +179,8 @@ def replay(
             raise ConfigError(f"a recorded run is replayed whole: for a part, replay {trace / 'trace.jsonl'}")
         _replay_recorded(trace, _given(context, config), costs, out=out, events=events, as_json=as_json)
         return
+    given = _given(context, config)
+    _refuse_idle_hardware(given, costs)
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
@@ -198,6 +200,15 @@ def _given(context: typer.Context, config: ReplayConfig) -> dict[str, Any]:
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     renamed = {"check": "checks"}
     return {name: getattr(config, name) for name in (renamed.get(n, n) for n in sorted(given)) if hasattr(config, name)}
+
+
+def _refuse_idle_hardware(given: dict[str, Any], costs: StepCosts | None) -> None:
+    """Raise ConfigError for presets that tell neither how long a step takes nor how many blocks there are."""
+    from pagedkv.simulations.replay import HARDWARE_OPTIONS
+
+    idle = [f"--{name.replace('_', '-')}" for name in HARDWARE_OPTIONS if name in given]
+    if idle and costs is not None and "num_blocks" in given:
+        raise ConfigError(f"{idle[0]}: --cost-model and --num-blocks say all that it would: give one of the two")
 
 
 def _replay_recorded(

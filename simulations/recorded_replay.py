@@ -15,6 +15,7 @@ from pagedkv.arrays import Int32s, Rows
 from pagedkv.scheduler import EventSink, Recompute, Request, Scheduler, StepPlan
 from pagedkv.simulations.cost_models import CostModel, RooflineCostModel, fit_steps
 from pagedkv.simulations.replay import (
+    HARDWARE_OPTIONS,
     ReplayConfig,
     StepCosts,
     VirtualEngine,
@@ -31,9 +32,8 @@ from pagedkv.simulations.run_records import RecordedRequests, RunRecord
 from pagedkv.simulations.simulator import EventTee, Simulator
 from pagedkv.simulations.traces import Trace
 
-__all__ = ["HARDWARE_OPTIONS", "RecordedSimulator", "replay_run"]
+__all__ = ["RecordedSimulator", "replay_run"]
 
-HARDWARE_OPTIONS = ("model", "device", "num_devices", "weight_bits", "kv_bits")
 CACHE_OPTIONS = ("block_size", "num_blocks", "num_host_blocks", "prefix_caching")
 LIMIT_OPTIONS = (
     "max_num_batched_tokens",
@@ -156,7 +156,7 @@ def replay_run(
         leaps=config.leaps,
     )
     simulator.run(progress, checks=config.checks)
-    described = _describe(record, engine, options)
+    described = {**_describe_hardware(record, config, options, cost_model), **_describe(record, engine, options)}
     return make_run(simulator, tee, described, engine.cache.num_blocks, time.perf_counter() - started)
 
 
@@ -194,12 +194,20 @@ def _engine_of(
     )
 
 
+def _describe_hardware(
+    record: RunRecord, config: ReplayConfig, options: dict[str, Any], cost_model: StepCosts | None
+) -> dict[str, Any]:
+    """What the step times are those of: the presets asked for, or the recorded machine; a cost model's file does not say."""
+    if any(name in options for name in HARDWARE_OPTIONS):
+        return {name: getattr(config, name) for name in HARDWARE_OPTIONS}
+    facts = record.header.model if cost_model is None else {}
+    return {"model": facts.get("name"), "device": facts.get("device")}
+
+
 def _describe(record: RunRecord, engine: VirtualEngine, options: dict[str, Any]) -> dict[str, Any]:
-    facts = record.header.model
+    header = record.header
     return {
-        "model": facts.get("name"),
-        "device": facts.get("device"),
-        "recorded_run": {"folder": record.folder.name, "model": facts, "is_complete": record.header.is_complete},
+        "recorded_run": {"folder": record.folder.name, "model": header.model, "is_complete": header.is_complete},
         "changed_options": {name: value for name, value in options.items() if name not in OUTCOME_FREE_OPTIONS},
         "prefix_caching": engine.cache.prefix_caching,
         "eviction": engine.eviction,

@@ -236,6 +236,19 @@ def test_parts_of_a_preset_are_refused_where_step_times_are_fitted(tmp_path: Pat
         replay_run(read_run(tmp_path / "run"), None, option)
 
 
+def test_the_configuration_names_the_hardware_that_step_times_are_of(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", 1)
+    record = read_run(tmp_path / "run")
+    preset = {"model": "Llama-3-70B", "device": "A100-80G", "num_devices": 2}
+
+    fitted, costed, modelled = (replay_run(record, *args) for args in ((), (COSTS,), (None, preset)))
+
+    assert [fitted.configuration[name] for name in ("model", "device")] == ["toy", "none"]
+    assert [costed.configuration[name] for name in ("model", "device")] == [None, None]
+    assert {name: modelled.configuration[name] for name in preset} == preset
+    assert modelled.configuration["recorded_run"]["model"] == {"name": "toy", "device": "none"}
+
+
 def test_without_a_cost_model_the_steps_of_the_run_say_how_long_steps_take(tmp_path: Path) -> None:
     record_run(tmp_path / "run", 1, num_blocks=30, preemption=Swap())
     record = read_run(tmp_path / "run")

@@ -81,6 +81,18 @@ def test_a_cost_model_serves_any_trace(folder: Path) -> None:
     assert "comparison" not in json.loads(plain.stdout)
     configuration = json.loads((folder / "pagedkv-report" / "summary.json").read_text())["configuration"]
     assert configuration["cost_model"]["kind"] == "linear"
+    assert configuration["model"] == "Llama-3-8B"  # It says how many blocks there are.
+
+
+def test_with_a_cost_model_and_a_number_of_blocks_no_hardware_is_named(folder: Path) -> None:
+    arguments = ("--cost-model", "m.json", "--num-blocks", "900", "--limit", "2", "--json", "--out", "blocks")
+
+    configuration = json.loads(run("replay", *arguments, cwd=folder).stdout)["configuration"]
+
+    names = ("model", "device", "num_devices", "weight_bits", "kv_bits")
+    assert [configuration[name] for name in names] == [None] * 5
+    page = (folder / "blocks" / "report.html").read_text()
+    assert "<li><span>cost_model</span> linear</li><li><span>block_size</span> 16</li>" in page
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,11 @@ def test_a_cost_model_serves_any_trace(folder: Path) -> None:
         (("replay", "monday", "--policy", "lifo"), "policy must be one of"),
         (("replay", "monday", "--block-size", "3"), "choose a divisor or a multiple of 4"),
         (("replay", "monday", "--cost-model", "m.json", "--device", "H100"), "give one of the two"),
+        (("replay", "monday", "--kv-bits", "8"), "kv_bits cannot change step times that are fitted to the run"),
+        (
+            ("replay", "--cost-model", "m.json", "--num-blocks", "9", "--weight-bits", "4"),
+            "--weight-bits: --cost-model and --num-blocks say all that it would: give one of the two",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
