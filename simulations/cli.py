@@ -106,7 +106,9 @@ def replay(
         bool, typer.Option(help="Whether full blocks are kept for reuse.", rich_help_panel="Memory")
     ] = True,
     eviction: Annotated[str, typer.Option(help="lru, fifo, s3-fifo or sieve.", rich_help_panel="Memory")] = "lru",
-    policy: Annotated[str, typer.Option(help="fcfs or priority.", rich_help_panel="Scheduling")] = "fcfs",
+    policy: Annotated[
+        str, typer.Option(help="fcfs or priority, of which the trace must tell.", rich_help_panel="Scheduling")
+    ] = "fcfs",
     preemption: Annotated[
         str, typer.Option(help="recompute, swap or cheaper.", rich_help_panel="Scheduling")
     ] = "recompute",
@@ -144,6 +146,7 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
     """Replay a request trace; print a summary and write a report."""
+    from pagedkv.simulations.idle_options import refuse_idle_hardware, refuse_idle_options
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.replay import ReplayConfig
     from pagedkv.simulations.replay import replay as run_replay
@@ -180,10 +183,12 @@ def replay(
         _replay_recorded(trace, _given(context, config), costs, out=out, events=events, as_json=as_json)
         return
     given = _given(context, config)
-    _refuse_idle_hardware(given, costs)
+    refuse_idle_hardware(given, has_cost_model=costs is not None)
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
+    can_swap = preemption != "recompute"
+    refuse_idle_options(given, requests.priorities, can_swap=can_swap, prefix_caching=prefix_caching)
     make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(requests)) as progress:
         run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
@@ -202,19 +207,11 @@ def _given(context: typer.Context, config: ReplayConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (renamed.get(n, n) for n in sorted(given)) if hasattr(config, name)}
 
 
-def _refuse_idle_hardware(given: dict[str, Any], costs: StepCosts | None) -> None:
-    """Raise ConfigError for presets that tell neither how long a step takes nor how many blocks there are."""
-    from pagedkv.simulations.replay import HARDWARE_OPTIONS
-
-    idle = [f"--{name.replace('_', '-')}" for name in HARDWARE_OPTIONS if name in given]
-    if idle and costs is not None and "num_blocks" in given:
-        raise ConfigError(f"{idle[0]}: --cost-model and --num-blocks say all that it would: give one of the two")
-
-
 def _replay_recorded(
     folder: Path, options: dict[str, Any], costs: StepCosts | None, *, out: Path, events: Path | None, as_json: bool
 ) -> None:
     """Replay a recorded run and compare: the same reports, with `comparison` among the figures."""
+    from pagedkv.simulations.idle_options import refuse_idle_options
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.recorded_replay import replay_run
     from pagedkv.simulations.reports import print_summary, summary_text, write_reports
@@ -222,6 +219,12 @@ def _replay_recorded(
     from pagedkv.simulations.run_records import read_run
 
     record = read_run(folder)
+    refuse_idle_options(
+        options,
+        record.requests.priority,
+        can_swap=options.get("preemption", type(record.header.preemption).__name__.lower()) != "recompute",
+        prefix_caching=options.get("prefix_caching", record.header.cache.prefix_caching),
+    )
     make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(record.trace)) as progress:
         run = replay_run(record, costs, options, sink=sink, progress=progress)

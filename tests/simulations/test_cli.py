@@ -153,6 +153,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
         ("cache", "Missing argument 'TRACE'."),
         ("replay --cost-model nofile", "nofile: expected a readable file, found no such file\n"),
         (
+            "replay t.csv --policy priority",
+            "--policy priority: does nothing without requests of different priority: the trace has none\n",
+        ),
+        (
+            "replay t.csv --num-host-blocks 7",
+            "--num-host-blocks: does nothing without --preemption swap or cheaper: give that, too\n",
+        ),
+        (
+            "replay t.csv --eviction sieve --no-prefix-caching",
+            "--eviction: does nothing without --prefix-caching: give that, too\n",
+        ),
+        (
             "replay --events no/x",
             "--events: expected a file that can be written, found no/x: no such file or directory\n",
         ),

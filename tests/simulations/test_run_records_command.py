@@ -72,6 +72,15 @@ def test_options_on_the_command_line_change_the_replay_of_a_recorded_run(folder:
     assert "simulated with other options than recorded: num_blocks 300, watermark 0.01\n" in shown.stdout
 
 
+def test_a_recorded_run_has_priorities_and_host_blocks_to_change(folder: Path) -> None:
+    options = ("--policy", "priority", "--num-host-blocks", "50", "--eviction", "fifo")
+
+    recorded = run("replay", "monday", *options, cwd=folder)
+    trace = run("replay", "monday/trace.jsonl", "--policy", "priority", cwd=folder)
+
+    assert (recorded.returncode, recorded.stderr) == (trace.returncode, trace.stderr) == (0, "")
+
+
 def test_a_cost_model_serves_any_trace(folder: Path) -> None:
     summary = run("replay", "--cost-model", "m.json", "--limit", "20", "--json", cwd=folder)
     plain = run("replay", "monday/trace.jsonl", "--cost-model", "m.json", "--json", cwd=folder)
@@ -109,6 +118,11 @@ def test_with_a_cost_model_and_a_number_of_blocks_no_hardware_is_named(folder: P
         (("replay", "monday", "--policy", "lifo"), "policy must be one of"),
         (("replay", "monday", "--block-size", "3"), "choose a divisor or a multiple of 4"),
         (("replay", "monday", "--cost-model", "m.json", "--device", "H100"), "give one of the two"),
+        (
+            ("replay", "monday", "--preemption", "recompute", "--num-host-blocks", "8"),
+            "does nothing without --preemption",
+        ),
+        (("replay", "monday", "--no-prefix-caching", "--eviction", "fifo"), "does nothing without --prefix-caching"),
         (("replay", "monday", "--kv-bits", "8"), "kv_bits cannot change step times that are fitted to the run"),
         (
             ("replay", "--cost-model", "m.json", "--num-blocks", "9", "--weight-bits", "4"),

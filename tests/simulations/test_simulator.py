@@ -109,6 +109,14 @@ def test_first_arrival_at_zero_and_equal_timestamps_keep_the_order_of_the_file()
     assert [f'"request_id":"{i}"' in line for i, line in enumerate(admitted)] == [True, True, True]
 
 
+def test_the_policy_sees_the_priorities_of_the_trace() -> None:
+    trace = Trace.from_columns([0.0] * 3, [8, 8, 8], [4, 4, 4], priorities=[2, 0, 1])
+
+    run = replay(trace, ReplayConfig(policy="priority", max_num_running=1, num_blocks=8))
+
+    assert run.requests.finished_s.argsort().tolist() == [1, 2, 0]
+
+
 def test_a_request_that_can_never_fit_is_counted_with_its_reason() -> None:
     trace = Trace.from_columns([0.0, 0.1], [100, 10], [5, 5])
 
