@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from pagedkv.simulations import cache_command
+from pagedkv.simulations.cache_pass import CachePass
+from pagedkv.simulations.offline_optimum import offline_optimum
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
@@ -151,6 +153,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
         ("replay --num-blocks abc", "Invalid value for '--num-blocks': "),
         ("replay --nope", "No such option: --nope"),
         ("cache", "Missing argument 'TRACE'."),
+        ("cache t.csv --capacity -1", "Invalid value for '--capacity': "),
         ("replay --cost-model nofile", "nofile: expected a readable file, found no such file\n"),
         (
             "replay t.csv --policy priority",
@@ -231,8 +234,40 @@ def test_the_cache_command_shows_how_far_it_is(
 
     cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], as_json=True)
 
-    assert shown == [("passing over the trace", 11), *range(1, 11)]
+    names = ("lru", "fifo", "s3-fifo", "sieve", "MIN")
+    assert shown == [part for name in names for part in ((f"passing over the trace, {name}", 2), 1, 2)]
     assert json.loads(capsys.readouterr().out)["infinite"] == 0
+
+
+def test_the_cache_command_tells_what_lies_ahead_and_prints_rows_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    printed: list[str] = []
+
+    def optimum(ids: object, capacity: int) -> CachePass:
+        printed.append(capsys.readouterr().out)
+        return offline_optimum(ids, capacity)
+
+    monkeypatch.setattr(cache_command, "offline_optimum", optimum)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1], limit=2)
+
+    assert "sieve    0.2500\n" in printed[0]
+    assert capsys.readouterr().out.startswith("MIN      0.2500\n")
+
+
+def test_the_cache_command_says_beforehand_how_long_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    monkeypatch.setattr(cache_command, "LOOKUP_S", 3.0)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], limit=2)
+
+    assert capsys.readouterr().err == "4 blocks to look up, in each of 10 passes: roughly 2 min\n"
 
 
 def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:
