@@ -127,12 +127,24 @@ def replay(
             rich_help_panel="Scheduling",
         ),
     ] = 1,
+    chunked_prefill: Annotated[
+        bool, typer.Option(help="Whether a prompt may be computed over several steps.", rich_help_panel="Scheduling")
+    ] = True,
     watermark: Annotated[
         float, typer.Option(help="Share of blocks that an admission leaves available.", rich_help_panel="Scheduling")
     ] = 0.01,
     max_bypasses: Annotated[
         int, typer.Option(help="How often a request that does not fit may be passed.", rich_help_panel="Scheduling")
     ] = 4,
+    max_preemptions: Annotated[
+        int, typer.Option(help="How often a request may lose its seat.", rich_help_panel="Scheduling")
+    ] = 8,
+    client_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of seats and blocks that one client's requests may take.", rich_help_panel="Scheduling"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N", min=1)] = None,
     rate_scale: Annotated[float, typer.Option(help="2 lets requests arrive twice as fast.")] = 1.0,
     session_gap: Annotated[
@@ -170,8 +182,11 @@ def replay(
         max_num_running=max_num_running,
         long_prefill_tokens=long_prefill_tokens,
         admission_interval=admission_interval,
+        chunked_prefill=chunked_prefill,
         watermark=watermark,
         max_bypasses=max_bypasses,
+        max_preemptions=max_preemptions,
+        client_share=client_share,
         rate_scale=rate_scale,
         leaps=leaps,
         checks=check,

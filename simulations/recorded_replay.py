@@ -40,8 +40,11 @@ LIMIT_OPTIONS = (
     "max_num_running",
     "long_prefill_tokens",
     "admission_interval",
+    "chunked_prefill",
     "watermark",
     "max_bypasses",
+    "max_preemptions",
+    "client_share",
 )
 OUTCOME_FREE_OPTIONS = ("leaps", "checks")
 STOP_TOKEN = 1

@@ -79,8 +79,11 @@ class ReplayConfig:
     max_num_running: int = 256
     long_prefill_tokens: int | None = None
     admission_interval: int = 1
+    chunked_prefill: bool = True
     watermark: float = 0.01
     max_bypasses: int = 4
+    max_preemptions: int = 8
+    client_share: float | None = None
     rate_scale: float = 1.0
     leaps: bool = True
     checks: bool = False
@@ -189,8 +192,11 @@ def _engine_of(trace: Trace, config: ReplayConfig, cost_model: StepCosts | None)
             max_num_running=config.max_num_running,
             long_prefill_tokens=config.long_prefill_tokens,
             admission_interval=config.admission_interval,
+            chunked_prefill=config.chunked_prefill,
             watermark=config.watermark,
             max_bypasses=config.max_bypasses,
+            max_preemptions=config.max_preemptions,
+            client_share=config.client_share,
         ),
         policy=policy,
         victim=victim,

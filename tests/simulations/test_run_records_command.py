@@ -66,10 +66,24 @@ def test_a_recorded_run_is_replayed_as_it_was_configured_and_compared(folder: Pa
 
 
 def test_options_on_the_command_line_change_the_replay_of_a_recorded_run(folder: Path) -> None:
-    shown = run("replay", "monday", "--num-blocks", "300", "--watermark", "0.01", "--check", cwd=folder)
+    options = (
+        "--num-blocks",
+        "300",
+        "--watermark",
+        "0.01",
+        "--max-preemptions",
+        "2",
+        "--client-share",
+        "0.9",
+        "--check",
+    )
+    shown = run("replay", "monday", *options, cwd=folder)
 
     # The default of an ordinary replay counts as a change, too, if the run was recorded with something else.
-    assert "simulated with other options than recorded: num_blocks 300, watermark 0.01\n" in shown.stdout
+    changed = "client_share 0.9, max_preemptions 2, num_blocks 300, watermark 0.01"
+    assert f"simulated with other options than recorded: {changed}\n" in shown.stdout
+    configuration = json.loads((folder / "pagedkv-report" / "summary.json").read_text())["configuration"]
+    assert (configuration["client_share"], configuration["max_preemptions"]) == (0.9, 2)
 
 
 def test_a_recorded_run_has_priorities_and_host_blocks_to_change(folder: Path) -> None:
