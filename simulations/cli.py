@@ -106,7 +106,9 @@ def replay(
         bool, typer.Option(help="Whether full blocks are kept for reuse.", rich_help_panel="Memory")
     ] = True,
     eviction: Annotated[str, typer.Option(help="lru, fifo, s3-fifo or sieve.", rich_help_panel="Memory")] = "lru",
-    policy: Annotated[str, typer.Option(help="fcfs or priority.", rich_help_panel="Scheduling")] = "fcfs",
+    policy: Annotated[
+        str, typer.Option(help="fcfs or priority, of which the trace must tell.", rich_help_panel="Scheduling")
+    ] = "fcfs",
     preemption: Annotated[
         str, typer.Option(help="recompute, swap or cheaper.", rich_help_panel="Scheduling")
     ] = "recompute",
@@ -125,12 +127,24 @@ def replay(
             rich_help_panel="Scheduling",
         ),
     ] = 1,
+    chunked_prefill: Annotated[
+        bool, typer.Option(help="Whether a prompt may be computed over several steps.", rich_help_panel="Scheduling")
+    ] = True,
     watermark: Annotated[
         float, typer.Option(help="Share of blocks that an admission leaves available.", rich_help_panel="Scheduling")
     ] = 0.01,
     max_bypasses: Annotated[
         int, typer.Option(help="How often a request that does not fit may be passed.", rich_help_panel="Scheduling")
     ] = 4,
+    max_preemptions: Annotated[
+        int, typer.Option(help="How often a request may lose its seat.", rich_help_panel="Scheduling")
+    ] = 8,
+    client_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of seats and blocks that one client's requests may take.", rich_help_panel="Scheduling"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", metavar="N", min=1)] = None,
     rate_scale: Annotated[float, typer.Option(help="2 lets requests arrive twice as fast.")] = 1.0,
     session_gap: Annotated[
@@ -144,6 +158,7 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")] = False,
 ) -> None:
     """Replay a request trace; print a summary and write a report."""
+    from pagedkv.simulations.idle_options import refuse_idle_hardware, refuse_idle_options
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.replay import ReplayConfig
     from pagedkv.simulations.replay import replay as run_replay
@@ -167,8 +182,11 @@ def replay(
         max_num_running=max_num_running,
         long_prefill_tokens=long_prefill_tokens,
         admission_interval=admission_interval,
+        chunked_prefill=chunked_prefill,
         watermark=watermark,
         max_bypasses=max_bypasses,
+        max_preemptions=max_preemptions,
+        client_share=client_share,
         rate_scale=rate_scale,
         leaps=leaps,
         checks=check,
@@ -179,9 +197,13 @@ def replay(
             raise ConfigError(f"a recorded run is replayed whole: for a part, replay {trace / 'trace.jsonl'}")
         _replay_recorded(trace, _given(context, config), costs, out=out, events=events, as_json=as_json)
         return
+    given = _given(context, config)
+    refuse_idle_hardware(given, has_cost_model=costs is not None)
     requests = sample_trace() if trace is None else load_trace(trace, session_gap_s=session_gap)
     if limit is not None:
         requests = requests.head(limit)
+    can_swap = preemption != "recompute"
+    refuse_idle_options(given, requests.priorities, can_swap=can_swap, prefix_caching=prefix_caching)
     make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(requests)) as progress:
         run = run_replay(requests, config, cost_model=costs, sink=sink, progress=progress)
@@ -204,6 +226,7 @@ def _replay_recorded(
     folder: Path, options: dict[str, Any], costs: StepCosts | None, *, out: Path, events: Path | None, as_json: bool
 ) -> None:
     """Replay a recorded run and compare: the same reports, with `comparison` among the figures."""
+    from pagedkv.simulations.idle_options import refuse_idle_options
     from pagedkv.simulations.metrics import summarize
     from pagedkv.simulations.recorded_replay import replay_run
     from pagedkv.simulations.reports import print_summary, summary_text, write_reports
@@ -211,6 +234,12 @@ def _replay_recorded(
     from pagedkv.simulations.run_records import read_run
 
     record = read_run(folder)
+    refuse_idle_options(
+        options,
+        record.requests.priority,
+        can_swap=options.get("preemption", type(record.header.preemption).__name__.lower()) != "recompute",
+        prefix_caching=options.get("prefix_caching", record.header.cache.prefix_caching),
+    )
     make_folder("--out", out)
     with _event_log(events) as sink, progress_bar("replaying", len(record.trace)) as progress:
         run = replay_run(record, costs, options, sink=sink, progress=progress)

@@ -77,6 +77,8 @@ def summarize(run: Run) -> dict[str, Any]:
     prompt_tokens = int(run.trace.prompt_tokens[is_finished].sum())
     output_tokens = int(log.num_output[is_finished].sum())
     hit_tokens = int(log.num_hit[is_finished].sum())
+    # The sum of all durations may round to a hair more than the makespan, which is one difference.
+    mean_used = min(float((used * durations).sum() / makespan / run.num_blocks), 1.0) if makespan else 0.0
     by_request = latencies(run)
     return {
         "num_requests": len(run.trace),
@@ -91,7 +93,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "output_tokens": output_tokens,
         "prefix_hit_tokens": hit_tokens,
         "prefix_hit_ratio": hit_tokens / prompt_tokens if prompt_tokens else None,
-        "kv_utilization_mean": float((used * durations).sum() / makespan / run.num_blocks) if makespan else 0.0,
+        "kv_utilization_mean": mean_used,
         "kv_utilization_max": float(used.max() / run.num_blocks) if len(steps) else 0.0,
         "num_steps": len(steps),
         "wall_s": run.wall_s,

@@ -15,6 +15,7 @@ from pagedkv.arrays import Int32s, Rows
 from pagedkv.scheduler import EventSink, Recompute, Request, Scheduler, StepPlan
 from pagedkv.simulations.cost_models import CostModel, RooflineCostModel, fit_steps
 from pagedkv.simulations.replay import (
+    HARDWARE_OPTIONS,
     ReplayConfig,
     StepCosts,
     VirtualEngine,
@@ -31,17 +32,19 @@ from pagedkv.simulations.run_records import RecordedRequests, RunRecord
 from pagedkv.simulations.simulator import EventTee, Simulator
 from pagedkv.simulations.traces import Trace
 
-__all__ = ["HARDWARE_OPTIONS", "RecordedSimulator", "replay_run"]
+__all__ = ["RecordedSimulator", "replay_run"]
 
-HARDWARE_OPTIONS = ("model", "device", "num_devices", "weight_bits", "kv_bits")
 CACHE_OPTIONS = ("block_size", "num_blocks", "num_host_blocks", "prefix_caching")
 LIMIT_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_running",
     "long_prefill_tokens",
     "admission_interval",
+    "chunked_prefill",
     "watermark",
     "max_bypasses",
+    "max_preemptions",
+    "client_share",
 )
 OUTCOME_FREE_OPTIONS = ("leaps", "checks")
 STOP_TOKEN = 1
@@ -156,7 +159,7 @@ def replay_run(
         leaps=config.leaps,
     )
     simulator.run(progress, checks=config.checks)
-    described = _describe(record, engine, options)
+    described = {**_describe_hardware(record, config, options, cost_model), **_describe(record, engine, options)}
     return make_run(simulator, tee, described, engine.cache.num_blocks, time.perf_counter() - started)
 
 
@@ -165,14 +168,17 @@ def _engine_of(
 ) -> VirtualEngine:
     header = record.header
     cache = dataclasses.replace(header.cache, **{name: options[name] for name in CACHE_OPTIONS if name in options})
-    has_hardware = any(name in options for name in HARDWARE_OPTIONS)
-    if cost_model is None and not has_hardware:
-        cost_model = fit_steps(record.steps.load, record.steps.end_s - record.steps.start_s).model
-    elif cost_model is None:
+    hardware_options = [name for name in HARDWARE_OPTIONS if name in options]
+    if hardware_options and cost_model is not None:
+        raise ConfigError("model and device say how long a step takes, and so does the cost model: give one of the two")
+    if hardware_options and "model" not in options and "device" not in options:
+        names = " and ".join(hardware_options)
+        raise ConfigError(f"{names} cannot change step times that are fitted to the run: give model or device, too")
+    if hardware_options:
         model, device, hardware = hardware_of(config, cache.block_size)
         cost_model = RooflineCostModel(model, device, **hardware)
-    elif has_hardware:
-        raise ConfigError("model and device say how long a step takes, and so does the cost model: give one of the two")
+    elif cost_model is None:
+        cost_model = fit_steps(record.steps.load, record.steps.end_s - record.steps.start_s).model
     limits = {name: options[name] for name in LIMIT_OPTIONS if name in options}
     policy, victim = order_named(config.policy) if "policy" in options else (header.policy, header.victim)
     preemption = header.preemption
@@ -191,12 +197,20 @@ def _engine_of(
     )
 
 
+def _describe_hardware(
+    record: RunRecord, config: ReplayConfig, options: dict[str, Any], cost_model: StepCosts | None
+) -> dict[str, Any]:
+    """What the step times are those of: the presets asked for, or the recorded machine; a cost model's file does not say."""
+    if any(name in options for name in HARDWARE_OPTIONS):
+        return {name: getattr(config, name) for name in HARDWARE_OPTIONS}
+    facts = record.header.model if cost_model is None else {}
+    return {"model": facts.get("name"), "device": facts.get("device")}
+
+
 def _describe(record: RunRecord, engine: VirtualEngine, options: dict[str, Any]) -> dict[str, Any]:
-    facts = record.header.model
+    header = record.header
     return {
-        "model": facts.get("name"),
-        "device": facts.get("device"),
-        "recorded_run": {"folder": record.folder.name, "model": facts, "is_complete": record.header.is_complete},
+        "recorded_run": {"folder": record.folder.name, "model": header.model, "is_complete": header.is_complete},
         "changed_options": {name: value for name, value in options.items() if name not in OUTCOME_FREE_OPTIONS},
         "prefix_caching": engine.cache.prefix_caching,
         "eviction": engine.eviction,

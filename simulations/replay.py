@@ -39,8 +39,10 @@ from pagedkv.simulations.run import RequestLog, Run
 from pagedkv.simulations.simulator import EventTee, Simulator
 from pagedkv.simulations.traces import Trace, limits
 
-__all__ = ["ReplayConfig", "StepCosts", "VirtualEngine", "replay"]
+__all__ = ["HARDWARE_OPTIONS", "ReplayConfig", "StepCosts", "VirtualEngine", "replay"]
 
+HARDWARE_OPTIONS = ("model", "device", "num_devices", "weight_bits", "kv_bits")
+"""Fields of ReplayConfig that name presets and how the model lies on the devices."""
 DEFAULT_BLOCK_SIZE = 16
 
 StepCosts = RooflineCostModel | LinearCostModel
@@ -77,8 +79,11 @@ class ReplayConfig:
     max_num_running: int = 256
     long_prefill_tokens: int | None = None
     admission_interval: int = 1
+    chunked_prefill: bool = True
     watermark: float = 0.01
     max_bypasses: int = 4
+    max_preemptions: int = 8
+    client_share: float | None = None
     rate_scale: float = 1.0
     leaps: bool = True
     checks: bool = False
@@ -115,8 +120,9 @@ def replay(
     """Replay `trace` and return everything that happened; `sink` gets the scheduler's events as they come.
 
     `cost_model` says how long steps take; by default the roofline of `config`'s model and device, which otherwise only say
-    how many blocks there are. `progress` gets the number of ended requests now and then. Deterministic: same trace and
-    configuration, same run, apart from `wall_s`. Raises ConfigError, with nothing done, for contradictions.
+    how many blocks there are, and nothing if `config` says that, too. `progress` gets the number of ended requests now and
+    then. Deterministic: same trace and configuration, same run, apart from `wall_s`. Raises ConfigError, with nothing done,
+    for contradictions.
 
     >>> from pagedkv.simulations.traces import sample_trace
     >>> run = replay(sample_trace().head(10))
@@ -131,7 +137,9 @@ def replay(
     tee = EventTee(log, sink)
     simulator = Simulator(trace, engine.make_scheduler(tee), engine.cost_model, log, leaps=config.leaps)
     simulator.run(progress, checks=config.checks)
-    described = {**dataclasses.asdict(config), **describe_engine(engine)}
+    described = {**dataclasses.asdict(config), "session_gap_s": trace.session_gap_s, **describe_engine(engine)}
+    if cost_model is not None and config.num_blocks is not None:
+        described |= dict.fromkeys(HARDWARE_OPTIONS)
     return make_run(simulator, tee, described, engine.cache.num_blocks, time.perf_counter() - started)
 
 
@@ -184,8 +192,11 @@ def _engine_of(trace: Trace, config: ReplayConfig, cost_model: StepCosts | None)
             max_num_running=config.max_num_running,
             long_prefill_tokens=config.long_prefill_tokens,
             admission_interval=config.admission_interval,
+            chunked_prefill=config.chunked_prefill,
             watermark=config.watermark,
             max_bypasses=config.max_bypasses,
+            max_preemptions=config.max_preemptions,
+            client_share=config.client_share,
         ),
         policy=policy,
         victim=victim,

@@ -37,31 +37,40 @@ def compare_run(record: RunRecord, run: Run) -> Figures:
 
     `makespan_s`, `between_steps_s` (time in which requests were there and no step ran), `num_steps`, `computed_tokens` (of
     prompts and outputs, those that were computed again included), `num_preemptions`; `ttft_s`, `tpot_s`, `e2e_s` hold
-    `mean`, `p50`, `p90`, `p99`. Latencies are over the requests that ended by themselves, measured to the last token of the
-    longest or last sample. `relative_error` is simulated / recorded - 1, or None where that is undefined.
+    `mean`, `p50`, `p90`, `p99`. Latencies, of both, are over the `num_compared` requests that ended by themselves in both,
+    measured to the last token of the longest or last sample; `num_aborted` of the others did not in the engine, and
+    `num_rejected` more were refused in the simulation. `relative_error` is simulated / recorded - 1, or None where that is
+    undefined.
     """
     requests, steps, log = record.requests, record.steps, run.requests
-    counts = ~requests.is_aborted
+    is_taken = ~log.is_rejected
+    counts = is_taken & ~requests.is_aborted
     arrivals = run.trace.arrival_s
     measured = _latencies(
         record.trace.arrival_s, requests.first_token_s, requests.end_s, record.trace.output_tokens, counts
     )
     simulated = _latencies(arrivals, log.first_token_s, log.finished_s, log.num_output, counts)
-    starts, durations = run.steps.column("start_s"), run.steps.column("duration_s")
+    starts = run.steps.column("start_s")
+    ends = starts + run.steps.column("duration_s")
     totals = {
         "makespan_s": (
             float(steps.end_s.max() - record.trace.arrival_s[0]),
-            float((starts + durations).max() - arrivals[0]),
+            float(ends.max() - arrivals[0]) if len(ends) else 0.0,
         ),
         "between_steps_s": (
             _time_between(record.trace.arrival_s, requests.end_s, steps.start_s, steps.end_s),
-            _time_between(arrivals, log.finished_s, starts, starts + durations),
+            _time_between(arrivals[is_taken], log.finished_s, starts, ends),
         ),
         "num_steps": (len(steps), len(run.steps)),
         "computed_tokens": (int(np.sum(steps.load.num_tokens)), int(run.steps.column("num_tokens").sum())),
         "num_preemptions": (int(requests.num_preemptions.sum()), len(run.preemptions)),
     }
-    figures: Figures = {name: _pair(*pair) for name, pair in totals.items()}
+    figures: Figures = {
+        "num_compared": int(np.count_nonzero(counts)),
+        "num_aborted": int(np.count_nonzero(requests.is_aborted)),
+        "num_rejected": int(np.count_nonzero(log.is_rejected & ~requests.is_aborted)),
+    }
+    figures |= {name: _pair(*pair) for name, pair in totals.items()}
     for name in measured:
         figures[name] = {key: _pair(measured[name][key], simulated[name][key]) for key in _STATISTICS}
     return figures
@@ -113,9 +122,18 @@ def print_comparison(figures: Mapping[str, Any], options: Mapping[str, Any], con
             table.add_row(f"{name} {statistic}", *_cells(figures[key][statistic], to_duration))
     console = Console(highlight=False) if console is None else console
     console.print(table)
+    console.print(Text(_coverage(figures)), soft_wrap=True)
     if options:
         changed = ", ".join(f"{name} {value}" for name, value in options.items())
         console.print(Text(f"simulated with other options than recorded: {changed}"), soft_wrap=True)
+
+
+def _coverage(figures: Mapping[str, Any]) -> str:
+    """Over which requests the latencies are."""
+    text = f"latencies over the {to_count(figures['num_compared'])} requests that finished in both"
+    reasons = (("num_aborted", "aborted in the engine"), ("num_rejected", "rejected in the simulation"))
+    left_out = [f"{to_count(figures[key])} {reason}" for key, reason in reasons if figures[key]]
+    return f"{text}; left out: {', '.join(left_out)}" if left_out else text
 
 
 def _cells(pair: Mapping[str, Any], show: Callable[[float | None], str]) -> tuple[str, str, str]:

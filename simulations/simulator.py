@@ -185,7 +185,8 @@ class Simulator:
         else:
             prompt = SimulatedPrompt(num_tokens, trace.content_ids(index), trace.content_block_size)
         client = None if trace.clients is None else int(trace.clients[index])
-        return Request(str(index), prompt, int(trace.output_tokens[index]), client=client)
+        priority = 0.0 if trace.priorities is None else float(trace.priorities[index])
+        return Request(str(index), prompt, int(trace.output_tokens[index]), client=client, priority=priority)
 
     def _sampled_tokens(self, plan: StepPlan) -> Int32s | None:  # noqa: ARG002 - for those who know more than lengths
         """Tokens for the plan's sampling rows; None, since only their number matters here."""

@@ -16,6 +16,9 @@ __all__ = ["load_cost_model", "save_cost_model"]
 
 VERSION = 1
 MAX_BYTES = 2**20
+MIN_STEP_S = 1e-9
+MAX_CONSTANT_S = 1e6
+"""Seconds for one step, token or block: eleven days. Far beyond it the clock of a replay would overflow."""
 
 
 def save_cost_model(fit: StepFit, path: str | Path, source: Mapping[str, Any]) -> None:
@@ -62,6 +65,14 @@ def load_cost_model(path: str | Path) -> LinearCostModel:
     if missing:
         raise ConfigError(f"{path}: expected a key {missing[0]!r}, found none")
     try:
-        return LinearCostModel(**{name: document[name] for name in CONSTANTS})
+        model = LinearCostModel(**{name: document[name] for name in CONSTANTS})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error!s:.200}") from None
+    for name in CONSTANTS:
+        value = getattr(model, name)
+        if value > MAX_CONSTANT_S:
+            raise ConfigError(f"{path}: expected {name} of at most {MAX_CONSTANT_S:,.0f} s, found {value:g}")
+    least_s = model.base_s + model.per_token_s + model.per_row_s
+    if least_s < MIN_STEP_S:
+        raise ConfigError(f"{path}: expected steps of at least {MIN_STEP_S:g} s, found {least_s:g}")
+    return model

@@ -32,6 +32,8 @@ HUBER_K = 1.345
 """Residuals beyond this many scales count less: 95 % of the efficiency of plain least squares for normal noise (Huber 1981)."""
 MAD_TO_SIGMA = 1.4826
 SMALLEST_SCALE = 1e-9
+SMALLEST_VARIANCE = 1e-24
+"""In squares of the mean: less is rounding, not variance."""
 DEPENDENCE = 1e-6
 """A column of which a smaller share is left, once the columns before it are taken out, cannot be told from them."""
 
@@ -88,8 +90,9 @@ def fit_steps(load: StepLoad, durations: Floats) -> StepFit:
     model = LinearCostModel(**constants)
     predicted = columns @ np.array([constants[name] for name in CONSTANTS])
     relative = np.abs(predicted - durations) / durations
-    variance = float(((durations - durations.mean()) ** 2).sum())
-    explained = 1 - float(((durations - predicted) ** 2).sum()) / variance if variance else None
+    variance = float(((durations - durations.mean()) ** 2).mean())
+    has_variance = variance > SMALLEST_VARIANCE * float(durations.mean()) ** 2
+    explained = 1 - float(((durations - predicted) ** 2).mean()) / variance if has_variance else None
     return StepFit(
         model=model,
         num_steps=len(durations),

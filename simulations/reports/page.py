@@ -33,7 +33,7 @@ _LATENCIES = (
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _CHIEF_SETTINGS = (
     *("model", "device", "num_devices", "block_size", "num_blocks", "num_host_blocks", "prefix_caching", "eviction"),
-    *("policy", "preemption", "max_num_batched_tokens", "max_num_running", "rate_scale"),
+    *("policy", "preemption", "max_num_batched_tokens", "max_num_running", "rate_scale", "session_gap_s"),
 )
 
 
@@ -75,6 +75,9 @@ def write_page(run: Run, summary: Mapping[str, Any], path: Path) -> Path:
 def _header(run: Run) -> str:
     trace = run.trace
     chief = [(key, run.configuration[key]) for key in _CHIEF_SETTINGS if run.configuration.get(key) is not None]
+    costs = run.configuration.get("cost_model", {})
+    if run.configuration.get("model") is None and "name" in costs:
+        chief.insert(0, ("cost_model", costs["name"]))
     chips = "".join(f"<li><span>{escape(key)}</span> {escape(_to_text(value))}</li>" for key, value in chief)
     settings = _table(("setting", "value"), _flat(run.configuration), has_text=True)
     return (

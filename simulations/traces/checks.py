@@ -51,6 +51,7 @@ def find_problem(trace: Trace) -> Problem | None:
         _find_in_arrivals(trace.arrival_s)
         or _find_out_of_range(trace.prompt_tokens, "prompt tokens", 1, limits.MAX_TOKENS)
         or _find_out_of_range(trace.output_tokens, "output tokens", 0, limits.MAX_TOKENS)
+        or _find_in_priorities(trace)
         or _find_in_clients(trace)
         or _find_in_content(trace)
     )
@@ -75,6 +76,13 @@ def _find_in_arrivals(arrival_s: npt.NDArray[np.float64]) -> Problem | None:
 def _find_out_of_range(values: npt.NDArray[np.int64], what: str, low: int, high: int) -> Problem | None:
     request = _first((values < low) | (values > high))
     return None if request is None else Problem(request, f"{what} of {low} to {high}", str(values[request]))
+
+
+def _find_in_priorities(trace: Trace) -> Problem | None:
+    if trace.priorities is None:
+        return None
+    request = _first(~np.isfinite(trace.priorities))
+    return None if request is None else Problem(request, "a finite priority", str(trace.priorities[request]))
 
 
 def _find_in_clients(trace: Trace) -> Problem | None:

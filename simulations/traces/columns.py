@@ -40,7 +40,7 @@ def to_float64(values: Sequence[float]) -> npt.NDArray[np.float64]:
 class ColumnBuilder:
     """Collects the columns of one file, batch by batch, and makes the trace."""
 
-    __slots__ = ("_clients", "_columns", "_num_requests", "_runs", "source")
+    __slots__ = ("_clients", "_columns", "_num_requests", "_priorities", "_runs", "source")
 
     def __init__(self, source: TraceSource) -> None:
         self.source = source
@@ -48,6 +48,7 @@ class ColumnBuilder:
         self._columns: tuple[list[npt.NDArray[Any]], ...] = ([], [], [])
         self._runs: tuple[list[npt.NDArray[np.int64]], ...] = ([], [], [])
         self._clients: list[npt.NDArray[np.int64]] = []
+        self._priorities: list[npt.NDArray[np.float64]] = []
 
     def add(
         self,
@@ -80,6 +81,10 @@ class ColumnBuilder:
         """Append the clients of the same requests."""
         self._clients.append(clients)
 
+    def add_priorities(self, priorities: npt.NDArray[np.float64]) -> None:
+        """Append the priorities of the same requests."""
+        self._priorities.append(priorities)
+
     def build(
         self,
         format_name: str,
@@ -88,6 +93,7 @@ class ColumnBuilder:
         content_block_size: int | None = None,
         client_names: tuple[str, ...] = (),
         order: npt.NDArray[np.int64] | None = None,
+        session_gap_s: float | None = None,
     ) -> Trace:
         """Make the trace and check its promises; TraceError at the line of the first request that breaks one.
 
@@ -101,11 +107,13 @@ class ColumnBuilder:
         if not self._runs[2]:
             lengths = np.zeros(self._num_requests, dtype=np.int64)
         clients = np.concatenate(self._clients) if self._clients else None
+        priorities = np.concatenate(self._priorities) if self._priorities else None
         if order is not None:
             runs = _runs_in_order(lengths, order)
             arrival_s, prompts, outputs, lengths = arrival_s[order], prompts[order], outputs[order], lengths[order]
             starts, counts = starts[runs], counts[runs]
             clients = None if clients is None else clients[order]
+            priorities = None if priorities is None else priorities[order]
         trace = Trace.from_arrays(
             name=self.source.name,
             format=format_name,
@@ -119,6 +127,8 @@ class ColumnBuilder:
             run_starts=starts,
             run_counts=counts,
             run_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            priorities=priorities,
+            session_gap_s=session_gap_s,
         )
         problem = find_problem(trace)
         if problem is not None:

@@ -16,7 +16,16 @@ from pagedkv.simulations.traces.content import expand_runs, merge_runs
 
 __all__ = ["Trace", "number_names"]
 
-_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "clients", "run_starts", "run_counts", "run_offsets")
+_COLUMNS = (
+    "arrival_s",
+    "prompt_tokens",
+    "output_tokens",
+    "clients",
+    "run_starts",
+    "run_counts",
+    "run_offsets",
+    "priorities",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +44,8 @@ class Trace:
     run_starts:         (num_runs,) int64, first id of each run
     run_counts:         (num_runs,) int64, ids in each run
     run_offsets:        (n + 1,) int64; request `i` owns runs `run_offsets[i]:run_offsets[i + 1]`
+    priorities:         (n,) float64, finite, lower goes first; None where all are 0
+    session_gap_s:      seconds between the starts of sessions, where the source holds sessions; else None
 
     Content ids are *prefix ids*: equal id means equal block and equal prompt up to there. A request has either none,
     one per full block, or one per block with the last naming a partial block. They stay in run-length form: a trace
@@ -53,6 +64,8 @@ class Trace:
     run_starts: npt.NDArray[np.int64]
     run_counts: npt.NDArray[np.int64]
     run_offsets: npt.NDArray[np.int64]
+    priorities: npt.NDArray[np.float64] | None = None
+    session_gap_s: float | None = None
 
     def __post_init__(self) -> None:
         for column in _COLUMNS:
@@ -70,12 +83,14 @@ class Trace:
         clients: npt.ArrayLike | Sequence[str] | None = None,
         content_block_size: int | None = None,
         content_runs: Sequence[Sequence[tuple[int, int]]] | None = None,
+        priorities: npt.ArrayLike | None = None,
         name: str = "columns",
     ) -> Trace:
         """Build a trace from columns of your own, copied.
 
         clients:      integers, or names, which are numbered in order of first appearance
         content_runs: for each request its `(start, count)` runs of content ids
+        priorities:   numbers, lower goes first
 
         Raises InvalidArgumentError, naming the request, for anything that contradicts the promises of the class.
 
@@ -104,6 +119,7 @@ class Trace:
             run_starts=_to_column([start for start, _ in flat], np.int64, "content_runs"),
             run_counts=_to_column([count for _, count in flat], np.int64, "content_runs"),
             run_offsets=np.cumsum([0, *map(len, runs)], dtype=np.int64),
+            priorities=None if priorities is None else _to_column(priorities, np.float64, "priorities"),
         )
         problem = find_problem(trace)
         if problem is not None:
@@ -119,7 +135,8 @@ class Trace:
         num_requests = len(columns["arrival_s"])
         if num_requests == 0:
             raise InvalidArgumentError("a trace has at least one request")
-        for column in ("prompt_tokens", "output_tokens", "clients"):
+        priorities = columns.setdefault("priorities", None)
+        for column in ("prompt_tokens", "output_tokens", "clients", "priorities"):
             if columns[column] is not None and len(columns[column]) != num_requests:
                 raise InvalidArgumentError(f"{column}: expected {num_requests} values, found {len(columns[column])}")
         if len(columns["run_offsets"]) != num_requests + 1:
@@ -131,6 +148,8 @@ class Trace:
         columns["run_starts"], columns["run_counts"], columns["run_offsets"] = merged
         # No ids at all is one thing, with or without a block size.
         columns["content_block_size"] = columns["content_block_size"] if len(merged[0]) else None
+        # Nor are priorities that are all 0 anything but none.
+        columns["priorities"] = priorities if priorities is not None and np.any(priorities) else None
         return cls(**columns)
 
     def __len__(self) -> int:
@@ -180,6 +199,7 @@ class Trace:
             run_starts=self.run_starts[:num_runs],
             run_counts=self.run_counts[:num_runs],
             run_offsets=self.run_offsets[: num_requests + 1],
+            priorities=None if self.priorities is None else self.priorities[:num_requests],
         )
 
     def has_same_requests(self, other: Trace) -> bool:
@@ -187,6 +207,8 @@ class Trace:
         if (self.content_block_size, self.client_names) != (other.content_block_size, other.client_names):
             return False
         if (self.clients is None) != (other.clients is None):
+            return False
+        if (self.priorities is None) != (other.priorities is None):
             return False
         pairs = ((getattr(self, column), getattr(other, column)) for column in _COLUMNS)
         return all(mine is None or np.array_equal(mine, theirs) for mine, theirs in pairs)

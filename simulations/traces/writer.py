@@ -81,6 +81,9 @@ def _rows(trace: Trace, first: int, end: int) -> list[dict[str, Any]]:
         names = trace.client_names
         for row, client in zip(rows, trace.clients[first:end].tolist(), strict=True):
             row["client"] = names[client] if names else client
+    if trace.priorities is not None:
+        for row, priority in zip(rows, trace.priorities[first:end].tolist(), strict=True):
+            row["priority"] = priority
     offsets = trace.run_offsets[first : end + 1].tolist()
     first_run = offsets[0]
     starts = trace.run_starts[first_run : offsets[-1]].tolist()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from pagedkv.simulations import cache_command
+from pagedkv.simulations.cache_pass import CachePass
+from pagedkv.simulations.offline_optimum import offline_optimum
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
@@ -44,7 +46,20 @@ def test_json_is_for_machines(tmp_path: Path) -> None:
     assert shown["num_finished"] == 2
     assert shown["trace"]["name"] == "t"
     assert shown["configuration"]["model"] == "Llama-3-8B"
+    assert shown["configuration"]["session_gap_s"] is None
     assert shown == json.loads((tmp_path / "pagedkv-report" / "summary.json").read_text())
+
+
+def test_the_gap_between_sessions_is_part_of_the_configuration(tmp_path: Path) -> None:
+    sessions = [
+        {"id": name, "block_size": 4, "requests": [{"t": 0, "in": 3, "out": 2, "runs": []}]} for name in ("a", "b")
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(session) + "\n" for session in sessions))
+
+    shown = [run("replay", "s.jsonl", "--session-gap", gap, "--json", cwd=tmp_path).stdout for gap in ("0", "30")]
+
+    assert [json.loads(text)["configuration"]["session_gap_s"] for text in shown] == [0.0, 30.0]
+    assert "<span>session_gap_s</span> 30.0" in (tmp_path / "pagedkv-report" / "report.html").read_text()
 
 
 def test_help_names_every_option_and_version_is_shown(tmp_path: Path) -> None:
@@ -138,7 +153,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
         ("replay --num-blocks abc", "Invalid value for '--num-blocks': "),
         ("replay --nope", "No such option: --nope"),
         ("cache", "Missing argument 'TRACE'."),
+        ("cache t.csv --capacity -1", "Invalid value for '--capacity': "),
         ("replay --cost-model nofile", "nofile: expected a readable file, found no such file\n"),
+        (
+            "replay t.csv --policy priority",
+            "--policy priority: does nothing without requests of different priority: the trace has none\n",
+        ),
+        (
+            "replay t.csv --num-host-blocks 7",
+            "--num-host-blocks: does nothing without --preemption swap or cheaper: give that, too\n",
+        ),
+        (
+            "replay t.csv --eviction sieve --no-prefix-caching",
+            "--eviction: does nothing without --prefix-caching: give that, too\n",
+        ),
         (
             "replay --events no/x",
             "--events: expected a file that can be written, found no/x: no such file or directory\n",
@@ -206,8 +234,40 @@ def test_the_cache_command_shows_how_far_it_is(
 
     cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], as_json=True)
 
-    assert shown == [("passing over the trace", 11), *range(1, 11)]
+    names = ("lru", "fifo", "s3-fifo", "sieve", "MIN")
+    assert shown == [part for name in names for part in ((f"passing over the trace, {name}", 2), 1, 2)]
     assert json.loads(capsys.readouterr().out)["infinite"] == 0
+
+
+def test_the_cache_command_tells_what_lies_ahead_and_prints_rows_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    printed: list[str] = []
+
+    def optimum(ids: object, capacity: int) -> CachePass:
+        printed.append(capsys.readouterr().out)
+        return offline_optimum(ids, capacity)
+
+    monkeypatch.setattr(cache_command, "offline_optimum", optimum)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1], limit=2)
+
+    assert "sieve    0.2500\n" in printed[0]
+    assert capsys.readouterr().out.startswith("MIN      0.2500\n")
+
+
+def test_the_cache_command_says_beforehand_how_long_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"arrival_s": 0, "prompt_tokens": 8, "output_tokens": 1, "hash_block_size": 4, "hash_ids": [1, 2]}
+    (tmp_path / "t.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    monkeypatch.setattr(cache_command, "LOOKUP_S", 3.0)
+
+    cache_command.cache(tmp_path / "t.jsonl", capacity=[1, 2], limit=2)
+
+    assert capsys.readouterr().err == "4 blocks to look up, in each of 10 passes: roughly 2 min\n"
 
 
 def test_the_cache_command_needs_named_blocks(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recorded_engine import COSTS, RecordedEngine, make_requests, make_scheduler, record_run
+from rich.console import Console
 
 from pagedkv import CacheConfig, ConfigError, KVCacheManager, TraceError
 from pagedkv.engine.run_record import RunRecorder
@@ -148,8 +149,6 @@ def test_with_the_recorded_engine_the_comparison_is_exact_and_labelled(tmp_path:
         assert figures[name]["relative_error"] == 0
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         assert [pair["relative_error"] for pair in figures[name].values()] == [0, 0, 0, 0]
-    from rich.console import Console
-
     shown = io.StringIO()
     print_comparison(figures, {"num_blocks": 5}, Console(file=shown, width=100))
     assert "recorded (measured)" in shown.getvalue()
@@ -167,6 +166,40 @@ def test_time_between_steps_counts_only_while_requests_are_there(tmp_path: Path)
 
     assert figures["between_steps_s"]["recorded"] == pytest.approx(0.5, abs=1e-12)
     assert figures["between_steps_s"]["simulated"] == 0.0
+
+
+def test_requests_that_the_simulation_rejects_are_left_out_of_both_sides(tmp_path: Path) -> None:
+    scheduler = make_scheduler()
+    with RunRecorder(tmp_path / "run", scheduler) as recorder:
+        arrivals = [
+            (0.0, Request("large", range(90), 3)),
+            (0.0, Request("a", [1, 2, 3], 3)),
+            (5.0, Request("b", [1], 2)),
+        ]
+        RecordedEngine(scheduler, recorder).serve(arrivals)
+    record = read_run(tmp_path / "run")
+
+    figures = compare_run(record, replay_run(record, COSTS, {"num_blocks": 5}))
+
+    assert [figures[name] for name in ("num_compared", "num_aborted", "num_rejected")] == [2, 0, 1]
+    # From 0.02 to 5 s nobody is there: the large one was refused when it came.
+    assert figures["between_steps_s"]["simulated"] == 0.0
+    measured = record.requests.first_token_s[1:] - record.trace.arrival_s[1:]
+    assert figures["ttft_s"]["mean"]["recorded"] == pytest.approx(measured.mean())
+    shown = io.StringIO()
+    print_comparison(figures, {}, Console(file=shown, width=100))
+    text = "latencies over the 2 requests that finished in both; left out: 1 rejected in the simulation\n"
+    assert text in shown.getvalue()
+
+
+def test_a_simulation_that_rejects_every_request_is_compared_all_the_same(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", 1)
+    record = read_run(tmp_path / "run")
+
+    figures = compare_run(record, replay_run(record, COSTS, {"num_blocks": 1, "block_size": 1}))
+
+    assert figures["makespan_s"]["simulated"] == 0.0
+    assert figures["ttft_s"]["mean"] == {"recorded": None, "simulated": None, "relative_error": None}
 
 
 def test_options_that_differ_change_the_replay_and_are_told(tmp_path: Path) -> None:
@@ -192,6 +225,28 @@ def test_model_and_cost_model_together_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="give one of the two"):
         replay_run(read_run(tmp_path / "run"), COSTS, {"model": "Llama-3-8B"})
+
+
+@pytest.mark.parametrize("option", [{"kv_bits": 8}, {"weight_bits": 8}, {"num_devices": 2}])
+def test_parts_of_a_preset_are_refused_where_step_times_are_fitted(tmp_path: Path, option: dict[str, int]) -> None:
+    record_run(tmp_path / "run", 1)
+    (name,) = option
+
+    with pytest.raises(ConfigError, match=f"{name} cannot change step times .* give model or device, too"):
+        replay_run(read_run(tmp_path / "run"), None, option)
+
+
+def test_the_configuration_names_the_hardware_that_step_times_are_of(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", 1)
+    record = read_run(tmp_path / "run")
+    preset = {"model": "Llama-3-70B", "device": "A100-80G", "num_devices": 2}
+
+    fitted, costed, modelled = (replay_run(record, *args) for args in ((), (COSTS,), (None, preset)))
+
+    assert [fitted.configuration[name] for name in ("model", "device")] == ["toy", "none"]
+    assert [costed.configuration[name] for name in ("model", "device")] == [None, None]
+    assert {name: modelled.configuration[name] for name in preset} == preset
+    assert modelled.configuration["recorded_run"]["model"] == {"name": "toy", "device": "none"}
 
 
 def test_without_a_cost_model_the_steps_of_the_run_say_how_long_steps_take(tmp_path: Path) -> None:

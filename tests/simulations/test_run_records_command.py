@@ -66,10 +66,33 @@ def test_a_recorded_run_is_replayed_as_it_was_configured_and_compared(folder: Pa
 
 
 def test_options_on_the_command_line_change_the_replay_of_a_recorded_run(folder: Path) -> None:
-    shown = run("replay", "monday", "--num-blocks", "300", "--watermark", "0.01", "--check", cwd=folder)
+    options = (
+        "--num-blocks",
+        "300",
+        "--watermark",
+        "0.01",
+        "--max-preemptions",
+        "2",
+        "--client-share",
+        "0.9",
+        "--check",
+    )
+    shown = run("replay", "monday", *options, cwd=folder)
 
     # The default of an ordinary replay counts as a change, too, if the run was recorded with something else.
-    assert "simulated with other options than recorded: num_blocks 300, watermark 0.01\n" in shown.stdout
+    changed = "client_share 0.9, max_preemptions 2, num_blocks 300, watermark 0.01"
+    assert f"simulated with other options than recorded: {changed}\n" in shown.stdout
+    configuration = json.loads((folder / "pagedkv-report" / "summary.json").read_text())["configuration"]
+    assert (configuration["client_share"], configuration["max_preemptions"]) == (0.9, 2)
+
+
+def test_a_recorded_run_has_priorities_and_host_blocks_to_change(folder: Path) -> None:
+    options = ("--policy", "priority", "--num-host-blocks", "50", "--eviction", "fifo")
+
+    recorded = run("replay", "monday", *options, cwd=folder)
+    trace = run("replay", "monday/trace.jsonl", "--policy", "priority", cwd=folder)
+
+    assert (recorded.returncode, recorded.stderr) == (trace.returncode, trace.stderr) == (0, "")
 
 
 def test_a_cost_model_serves_any_trace(folder: Path) -> None:
@@ -81,6 +104,18 @@ def test_a_cost_model_serves_any_trace(folder: Path) -> None:
     assert "comparison" not in json.loads(plain.stdout)
     configuration = json.loads((folder / "pagedkv-report" / "summary.json").read_text())["configuration"]
     assert configuration["cost_model"]["kind"] == "linear"
+    assert configuration["model"] == "Llama-3-8B"  # It says how many blocks there are.
+
+
+def test_with_a_cost_model_and_a_number_of_blocks_no_hardware_is_named(folder: Path) -> None:
+    arguments = ("--cost-model", "m.json", "--num-blocks", "900", "--limit", "2", "--json", "--out", "blocks")
+
+    configuration = json.loads(run("replay", *arguments, cwd=folder).stdout)["configuration"]
+
+    names = ("model", "device", "num_devices", "weight_bits", "kv_bits")
+    assert [configuration[name] for name in names] == [None] * 5
+    page = (folder / "blocks" / "report.html").read_text()
+    assert "<li><span>cost_model</span> linear</li><li><span>block_size</span> 16</li>" in page
 
 
 @pytest.mark.parametrize(
@@ -97,6 +132,16 @@ def test_a_cost_model_serves_any_trace(folder: Path) -> None:
         (("replay", "monday", "--policy", "lifo"), "policy must be one of"),
         (("replay", "monday", "--block-size", "3"), "choose a divisor or a multiple of 4"),
         (("replay", "monday", "--cost-model", "m.json", "--device", "H100"), "give one of the two"),
+        (
+            ("replay", "monday", "--preemption", "recompute", "--num-host-blocks", "8"),
+            "does nothing without --preemption",
+        ),
+        (("replay", "monday", "--no-prefix-caching", "--eviction", "fifo"), "does nothing without --prefix-caching"),
+        (("replay", "monday", "--kv-bits", "8"), "kv_bits cannot change step times that are fitted to the run"),
+        (
+            ("replay", "--cost-model", "m.json", "--num-blocks", "9", "--weight-bits", "4"),
+            "--weight-bits: --cost-model and --num-blocks say all that it would: give one of the two",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

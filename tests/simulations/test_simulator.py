@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -107,6 +108,28 @@ def test_first_arrival_at_zero_and_equal_timestamps_keep_the_order_of_the_file()
 
     admitted = [line for line in log.splitlines() if '"admitted"' in line]
     assert [f'"request_id":"{i}"' in line for i, line in enumerate(admitted)] == [True, True, True]
+
+
+def test_the_policy_sees_the_priorities_of_the_trace() -> None:
+    trace = Trace.from_columns([0.0] * 3, [8, 8, 8], [4, 4, 4], priorities=[2, 0, 1])
+
+    run = replay(trace, ReplayConfig(policy="priority", max_num_running=1, num_blocks=8))
+
+    assert run.requests.finished_s.argsort().tolist() == [1, 2, 0]
+
+
+def test_limits_of_prompts_and_clients_reach_the_scheduler() -> None:
+    trace = Trace.from_columns([0.0] * 3, [40, 8, 8], [4, 4, 4], clients=[0, 1, 1])
+    config = ReplayConfig(num_blocks=64, max_num_batched_tokens=32, max_num_running=4, client_share=0.25)
+
+    run = replay(trace, config)
+    whole = replay(trace, dataclasses.replace(config, chunked_prefill=False, client_share=None, max_preemptions=3))
+
+    # One seat each: the second client's second request waits for its first.
+    assert run.requests.admitted_s[2] >= run.requests.finished_s[1]
+    assert (whole.requests.admitted_s[1:] == 0).all()
+    assert "must be computed in one step without chunked prefill" in whole.rejections[0]
+    assert whole.configuration["max_preemptions"] == 3
 
 
 def test_a_request_that_can_never_fit_is_counted_with_its_reason() -> None:

@@ -82,6 +82,7 @@ def read_trace(source: TraceSource, *, session_gap_s: float) -> Trace:
         content_block_size=block_size,
         client_names=client_names,
         order=order,
+        session_gap_s=session_gap_s,
     )
 
 

@@ -1,7 +1,7 @@
-"""Plain CSV: `arrival_s,prompt_tokens,output_tokens`, and where known `client`, `hash_ids` with `hash_block_size`.
+"""Plain CSV: `arrival_s,prompt_tokens,output_tokens`, and where known `client`, `priority`, `hash_ids`, `hash_block_size`.
 
-`client` is a number in every record, or else a name in every record. `hash_ids` are prefix ids, separated by single
-spaces; a record with ids names the tokens of a block in `hash_block_size`, the same everywhere.
+`client` is a number in every record, or else a name in every record; `priority` is a number. `hash_ids` are prefix ids,
+separated by single spaces; a record with ids names the tokens of a block in `hash_block_size`, the same everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pagedkv.simulations.traces.trace import Trace, number_names
 __all__ = ["read_trace"]
 
 _REQUIRED: Final = ("arrival_s", "prompt_tokens", "output_tokens")
-_OPTIONAL: Final = ("client", "hash_ids", "hash_block_size")
+_OPTIONAL: Final = ("client", "priority", "hash_ids", "hash_block_size")
 _IDS: Final = re.compile(r"(?:[0-9]{1,40}(?: [0-9]{1,40})*)?")
 # A number with a leading zero is a name: as an integer it would not come back as it was.
 _WHOLE_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,18}")
@@ -38,6 +38,8 @@ def read_trace(source: TraceSource, *, session_gap_s: float) -> Trace:  # noqa: 
         )
         if "client" in block.cells:
             clients += _read_clients(block)
+        if "priority" in block.cells:
+            builder.add_priorities(block.numbers("priority"))
         if "hash_ids" in block.cells:
             block_size = _read_ids(builder, block, block_size)
     names = _add_clients(builder, clients) if clients else ()

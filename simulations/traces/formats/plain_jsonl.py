@@ -1,8 +1,8 @@
-"""Plain JSON Lines, what we write: `arrival_s`, `prompt_tokens`, `output_tokens`, and where known `client`, content.
+"""Plain JSON Lines, what we write: `arrival_s`, `prompt_tokens`, `output_tokens`; if known `client`, `priority`, content.
 
-`client` is a number in every row, or else a name in every row. Content is `hash_block_size` with either `hash_ids` (a
-list of prefix ids) or `hash_runs` (the same in run-length form, `[[start, count], ...]`); one of the two in the whole
-file.
+`client` is a number in every row, or else a name in every row; `priority` is a number, 0 where a row has none. Content is
+`hash_block_size` with either `hash_ids` (a list of prefix ids) or `hash_runs` (the same in run-length form,
+`[[start, count], ...]`); one of the two in the whole file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class _Row(msgspec.Struct):
     prompt_tokens: int
     output_tokens: int
     client: int | str | UnsetType = UNSET
+    priority: float | UnsetType = UNSET
     hash_ids: list[int] | UnsetType = UNSET
     hash_runs: list[tuple[int, int]] | UnsetType = UNSET
     hash_block_size: int | UnsetType = UNSET
 
 
 def _count_keys(row: _Row) -> int:
-    optional = (row.client, row.hash_ids, row.hash_runs, row.hash_block_size)
+    optional = (row.client, row.priority, row.hash_ids, row.hash_runs, row.hash_block_size)
     return _NUM_REQUIRED_KEYS + sum(value is not UNSET for value in optional)
 
 
@@ -56,6 +57,7 @@ def read_trace(source: TraceSource, *, session_gap_s: float) -> Trace:  # noqa: 
             to_int64(source, first_line, "prompt_tokens", [row.prompt_tokens for row in rows]),
             to_int64(source, first_line, "output_tokens", [row.output_tokens for row in rows]),
         )
+        builder.add_priorities(to_float64([0.0 if row.priority is UNSET else row.priority for row in rows]))
         _read_clients(source, block, clients)
         content.add(block)
     names = _add_clients(builder, clients)

@@ -136,6 +136,15 @@ def test_too_few_steps_or_impossible_times_are_refused(num_steps: int, duration:
         fit_steps(StepLoad(ones, ones, ones, ones, ones), ones * duration)
 
 
+def test_steps_of_one_length_have_no_variance_to_explain() -> None:
+    count = np.arange(1, 13)
+
+    fit = fit_steps(StepLoad(count, count, count, count, count), np.full(12, 0.1))
+
+    assert fit.r_squared is None
+    assert fit.p90_error < 1e-12
+
+
 def test_a_saved_model_is_loaded_to_the_last_bit(tmp_path: Path) -> None:
     load = mixed_steps()
     fit = fit_steps(load, TRUE.step_time(load) * np.random.default_rng(6).normal(1.0, 0.1, 400))
@@ -159,13 +168,17 @@ def test_a_saved_model_is_loaded_to_the_last_bit(tmp_path: Path) -> None:
         ('{"pagedkv_cost_model": 1, "kind": "roofline"}', "found kind 'roofline'"),
         ('{"pagedkv_cost_model": 1, "kind": "linear"}', "expected a key 'base_s', found none"),
         ("negative", "per_row_s must be a finite number of at least 0, got -1"),
+        ("huge", "expected per_token_s of at most 1,000,000 s, found 1e+300"),
+        ("tiny", "expected steps of at least 1e-09 s, found 3e-300"),
         ("text", "base_s must be a finite number of at least 0, got 'x'"),
     ],
 )
 def test_a_file_that_is_no_model_is_one_typed_line(tmp_path: Path, content: str, message: str) -> None:
     whole = {"pagedkv_cost_model": 1, "kind": "linear", **asdict(TRUE)}
-    made = {"negative": json.dumps(whole | {"per_row_s": -1}), "text": json.dumps(whole | {"base_s": "x"})}
-    (tmp_path / "m.json").write_text(made.get(content, content))
+    changes = {"negative": {"per_row_s": -1}, "huge": {"per_token_s": 1e300}, "text": {"base_s": "x"}}
+    changes["tiny"] = dict.fromkeys(("base_s", "per_token_s", "per_row_s"), 1e-300)
+    made = json.dumps(whole | changes[content]) if content in changes else content
+    (tmp_path / "m.json").write_text(made)
 
     with pytest.raises(ConfigError) as caught:
         load_cost_model(tmp_path / "m.json")

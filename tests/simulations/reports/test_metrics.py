@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pagedkv.simulations.metrics import summarize, weighted_quantiles, weighted_statistics
 from pagedkv.simulations.run import Run
+from pagedkv.simulations.step_log import StepLog
 
 NONE = {"mean": None, "p50": None, "p90": None, "p99": None, "max": None}
 
@@ -47,6 +50,14 @@ def test_a_run_of_rejected_requests_has_no_latencies_and_no_rates(rejected_run: 
     assert (summary["makespan_s"], summary["num_steps"], summary["kv_utilization_max"]) == (0.0, 0, 0.0)
     assert [summary[key] for key in ("request_throughput", "output_token_throughput", "prefix_hit_ratio")] == [None] * 3
     assert [summary[f"{name}_s"] for name in ("ttft", "tpot", "itl", "e2e", "queue")] == [NONE] * 5
+
+
+def test_a_pool_that_is_always_full_is_used_to_one_and_no_more(run: Run) -> None:
+    steps = StepLog()
+    for start in (0.0, 0.3, 0.6):  # 0.3 three times is 0.9, while 0.6 + 0.3 is less.
+        steps.append((start, 0.3, 1, 0, 1, 10))
+    mean = summarize(dataclasses.replace(run, steps=steps))["kv_utilization_mean"]
+    assert 1 - 1e-12 < mean <= 1
 
 
 def test_a_request_without_output_has_an_end_but_no_first_token(run: Run) -> None:

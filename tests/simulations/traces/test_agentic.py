@@ -38,6 +38,7 @@ def test_sessions_start_together_and_merge_by_arrival_with_ties_in_file_order(lo
 
 def test_a_gap_staggers_the_sessions(load: Load) -> None:
     trace = load(TWO, session_gap_s=10.0)
+    assert trace.session_gap_s == 10.0
     assert trace.arrival_s.tolist() == [0.0, 5.0, 10.0, 13.0]
     assert trace.prompt_tokens.tolist() == [9, 13, 4, 8]
 

@@ -116,6 +116,14 @@ def test_hash_ids_that_cannot_be_are_an_error(load_error: LoadError, row: str, m
     assert load_error(IDS + f"0,8,1,7 8,4\n{row}\n").startswith(f"trace:3: {message}")
 
 
+def test_a_column_of_priorities_holds_numbers(load: Load, load_error: LoadError) -> None:
+    trace = load("priority," + PLAIN + "1,0,5,1\n-2.5,0,5,1\n")
+    assert trace.priorities is not None
+    assert trace.priorities.tolist() == [1.0, -2.5]
+    message = load_error("priority," + PLAIN + "1,0,5,1\n,0,5,1\n")
+    assert message == "trace:3: expected a number in column 'priority', found ''"
+
+
 def test_a_partial_last_block_may_have_an_id_or_none(load: Load) -> None:
     trace = load(IDS + "0,5,1,7,4\n0,5,1,7 8,4\n")
     assert trace.num_content_ids().tolist() == [1, 2]

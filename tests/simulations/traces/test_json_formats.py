@@ -157,9 +157,16 @@ def test_plain_clients_are_numbers_or_names(load: Load) -> None:
     assert (names.clients.tolist(), names.client_names) == ([0, 1], ("b", "9"))  # type: ignore[union-attr]
 
 
+def test_plain_priorities_are_numbers_and_0_where_none_is_given(load: Load) -> None:
+    trace = load(lines(plain(priority=2), plain(), plain(priority=-0.5)))
+    assert trace.priorities is not None
+    assert trace.priorities.tolist() == [2.0, 0.0, -0.5]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
+        ({}, {"priority": "high"}, "expected `float` at `$.priority`, found `str`"),
         ({"client": 1}, {"client": "a"}, "expected a client's number, as in line 1, found a client's name"),
         ({"client": "a"}, {}, "expected a client's name, as in line 1, found no client"),
         ({}, {"client": 1}, "expected no client, as in line 1, found a client's number"),

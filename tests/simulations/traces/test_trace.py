@@ -72,6 +72,7 @@ def test_touching_runs_are_the_same_content_as_one() -> None:
         {"clients": ["b", "c", "b"]},
         {"content_runs": [[(0, 2)], [(0, 1), (8, 1)], [(0, 1)]]},
         {"content_runs": None, "content_block_size": None},
+        {"priorities": [0, 0, 1]},
     ],
 )
 def test_any_column_that_differs_makes_the_requests_differ(change: dict[str, Any]) -> None:
@@ -87,6 +88,12 @@ def test_a_head_keeps_the_digest_and_says_so_in_its_name() -> None:
     assert head.client_names == ("b",)
     assert head.run_starts.tolist() == [0]
     assert head.run_counts.tolist() == [2]
+
+
+def test_priorities_that_are_all_0_are_none() -> None:
+    assert make(priorities=[0, 0, 0]).priorities is None
+    assert make(priorities=[0, 0, 0]).digest == make().digest
+    assert make(priorities=[0, -1, 0]).head(2).priorities.tolist() == [0.0, -1.0]
 
 
 def test_a_head_as_long_as_the_trace_is_the_trace() -> None:
@@ -116,6 +123,8 @@ def test_a_head_as_long_as_the_trace_is_the_trace() -> None:
         ({"prompt_tokens": [8, 6, 2**70]}, "prompt_tokens: expected int64"),
         ({"prompt_tokens": [[8], [6, 4]]}, "prompt_tokens: expected numbers"),
         ({"arrival_s": ["0", "1", "1"]}, "arrival_s: expected float64"),
+        ({"priorities": [0, 1]}, "priorities: expected 3 values, found 2"),
+        ({"priorities": [0, float("nan"), 1]}, "request 1: expected a finite priority, found nan"),
         ({"clients": [0, 1, -1]}, "request 2: expected a client of 0"),
         ({"clients": ["a", "b", "\ud800"]}, "clients: expected valid Unicode names"),
         ({"content_block_size": None}, "expected a content block size with content ids, found none"),

@@ -19,6 +19,7 @@ def traces(draw: st.DrawFn) -> Trace:
     arrivals = st.lists(st.floats(0, 1e9), min_size=num_requests, max_size=num_requests)
     client = draw(st.sampled_from([None, st.integers(0, 2**62 - 1), st.text(max_size=4)]))
     clients = None if client is None else draw(st.lists(client, min_size=num_requests, max_size=num_requests))
+    priorities = draw(st.none() | st.lists(st.floats(-1e9, 1e9), min_size=num_requests, max_size=num_requests))
     prompts = draw(column)
     block_size, runs = None, None
     if draw(st.booleans()):
@@ -27,7 +28,13 @@ def traces(draw: st.DrawFn) -> Trace:
         runs = [_runs(draw, request, -(-tokens // 4)) for request, tokens in enumerate(prompts)]
     outputs = [tokens - 1 for tokens in draw(column)]
     return Trace.from_columns(
-        sorted(draw(arrivals)), prompts, outputs, clients=clients, content_block_size=block_size, content_runs=runs
+        sorted(draw(arrivals)),
+        prompts,
+        outputs,
+        clients=clients,
+        content_block_size=block_size,
+        content_runs=runs,
+        priorities=priorities,
     )
 
 
