@@ -313,6 +313,39 @@ def test_a_write_that_does_not_fit_is_named_and_writes_nothing(changes: dict[str
             assert not arguments[name].any()
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "value_dim", "message"),
+    [
+        (1, 1025, 8, "head_dim must be in 1..1024, found 1025"),
+        (1, 8, 1025, "value_dim must be in 1..1024, found 1025"),
+        (2, 0, 8, "head_dim must be in 1..1024, found 0"),
+        (2, 8, 0, "value_dim must be in 1..1024, found 0"),
+        (0, 8, 8, "key_cache must have a head, found torch.int8 (1, 4, 0, 8)"),
+    ],
+)
+def test_a_write_of_no_heads_or_of_heads_that_no_kernel_has_room_for_is_refused(
+    num_heads: int, head_dim: int, value_dim: int, message: str
+) -> None:
+    sizes = (head_dim, value_dim)
+    new = [torch.ones(1, num_heads, dim) for dim in sizes]
+    caches = [torch.zeros(1, 4, num_heads, dim, dtype=torch.int8) for dim in sizes]
+    scales = {"k_scale": torch.zeros(1, 4, num_heads), "v_scale": torch.zeros(1, 4, num_heads)}
+
+    with pytest.raises(AttentionArgumentError) as caught:
+        write_kv(*new, *caches, torch.tensor([1]), **scales)
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dim", [1, 1024])
+def test_heads_of_1_and_of_1024_channels_are_written(dim: int) -> None:
+    cache, scale = torch.zeros(1, 4, 1, dim, dtype=torch.int8), torch.zeros(1, 4, 1)
+
+    write_kv(torch.ones(1, 1, dim), None, cache, None, torch.tensor([1]), k_scale=scale)
+
+    assert cache.sum() == 127 * dim
+
+
 def test_int4_scales_that_are_scattered_within_a_head_are_refused() -> None:
     cache = torch.zeros(2, 4, 1, 32, dtype=torch.uint8)
     scattered = torch.zeros(2, 4, 1, 2, 2, dtype=torch.bfloat16).transpose(3, 4)
