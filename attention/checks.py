@@ -107,6 +107,9 @@ def attention_features(
         wanted = (num_tokens, num_q_heads, value_dim)
         if out.shape != wanted or out.dtype != dtype:
             raise _misfit(f"out must be {wanted} {dtype}", out)
+        strides = out.stride()
+        if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(wanted, strides, strict=True)):
+            raise AttentionArgumentError(f"out must not be expanded: several results have one place, strides {strides}")
         _check_device("out", out, device)
     return Features(
         device=device,

@@ -126,7 +126,10 @@ def test_values_that_do_not_fit_are_named(field: str, values: list[Any], message
         ({"sinks": torch.zeros(4, dtype=torch.float64)}, "sinks must be float32"),
         ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
         ({"alibi_slopes": torch.zeros(4, 1)}, "alibi_slopes must be (4,)"),
-        ({"softcap": 0.0}, "softcap must be above 0, or None, found 0.0"),
+        ({"scale": float("nan")}, "scale must be finite, or None, found nan"),
+        ({"scale": float("-inf")}, "scale must be finite, or None, found -inf"),
+        ({"softcap": 0.0}, "softcap must be above 0 and finite, or None, found 0.0"),
+        ({"softcap": float("inf")}, "softcap must be above 0 and finite, or None, found inf"),
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"softcap": float("nan")}, "softcap must be above 0"),
         ({"window": 5}, "window must be (left, right) or None, found 5"),
@@ -148,6 +151,7 @@ def test_values_that_do_not_fit_are_named(field: str, values: list[Any], message
         ),
         ({"out": torch.full((3, 4, 8), UNTOUCHED, dtype=torch.float64)}, "out must be (3, 4, 8) torch.float32"),
         ({"out": torch.zeros(3, 4, 8, device="meta")}, "out is on meta"),
+        ({"out": torch.full((1, 4, 8), UNTOUCHED).expand(3, 4, 8)}, "out must not be expanded"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
