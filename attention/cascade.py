@@ -14,7 +14,14 @@ from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.merge import merge_states
 from pagedkv.attention.op import paged_attention
 from pagedkv.attention.partition import Int32s
-from pagedkv.attention.step_plan import AttentionPlan, plan
+from pagedkv.attention.step_plan import (
+    AttentionPlan,
+    check_block_tables,
+    check_lengths,
+    check_table_rows,
+    on_host,
+    plan,
+)
 
 __all__ = ["CascadePlan", "cascade_attention", "plan_cascade"]
 
@@ -65,24 +72,25 @@ def plan_cascade(
     Raises AttentionArgumentError if the sequences do not share that much, and as `plan` does.
     O(seqs * max_blocks + tasks).
     """
-    tables, lengths, starts = (
-        x.numpy(force=True) if isinstance(x, Tensor) else x for x in (block_tables, seq_lens, query_start_loc)
-    )
+    tables = on_host("block_tables", block_tables, 2)
+    lengths, starts = on_host("seq_lens", seq_lens, 1), on_host("query_start_loc", query_start_loc, 1)
+    if block_size < 1:
+        raise AttentionArgumentError(f"block_size must be at least 1, found {block_size}")
     if num_shared_tokens < 0 or num_shared_tokens % block_size:
         raise AttentionArgumentError(
             f"num_shared_tokens must be a multiple of block_size ({block_size}), found {num_shared_tokens}"
         )
-    # Everything that `plan` checks is checked on the whole sequences first: cut, they could look right by accident.
+    # Whole sequences are checked: cut, they could look right by accident.
+    check_lengths(lengths, starts, None)
+    check_table_rows(tables, lengths)
+    if num_blocks is not None:
+        check_block_tables(tables, lengths, starts, num_blocks=num_blocks, block_size=block_size, window_left=-1)
     options: dict[str, Any] = {
         "num_q_heads": num_q_heads,
         "num_kv_heads": num_kv_heads,
         "device": device,
         "backend": backend,
     }
-    checked: dict[str, Any] = {}
-    if num_blocks is not None:
-        checked = {"block_tables": tables, "num_blocks": num_blocks, "block_size": block_size}
-    plan(lengths, starts, causal=causal, **options, **checked)
     num_shared = num_shared_tokens // block_size
     is_asking = np.diff(starts) > 0
     if num_shared:

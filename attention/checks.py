@@ -75,12 +75,11 @@ def attention_features(
     packing = 2 if cache_format is CacheFormat.INT4 else 1
     if stored_dim * packing != head_dim:
         raise AttentionArgumentError(f"key_cache holds heads of {stored_dim * packing}, query has {head_dim}")
-    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+    if num_q_heads < 1 or num_q_heads % num_kv_heads:
         raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
     value_dim = value_shape[3] * packing
     for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise AttentionArgumentError(f"{name} must be in 1..{MAX_HEAD_DIM}, found {dim}")
+        _check_dim(name, dim)
     num_tables, _ = _check_indices("block_tables", block_tables, 2, device)
     (num_seqs,) = _check_indices("seq_lens", seq_lens, 1, device)
     (num_starts,) = _check_indices("query_start_loc", query_start_loc, 1, device)
@@ -108,6 +107,9 @@ def attention_features(
         wanted = (num_tokens, num_q_heads, value_dim)
         if out.shape != wanted or out.dtype != dtype:
             raise _misfit(f"out must be {wanted} {dtype}", out)
+        strides = out.stride()
+        if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(wanted, strides, strict=True)):
+            raise AttentionArgumentError(f"out must not be expanded: several results have one place, strides {strides}")
         _check_device("out", out, device)
     return Features(
         device=device,
@@ -138,11 +140,13 @@ def check_write(
     device, dtype, shape = key.device, key.dtype, key.shape
     cache_format, cache_shape = _check_cache("key_cache", key_cache, device)
     _check_new("key", key, key_cache, cache_format, k_scale, key)
+    _check_dim("head_dim", shape[2])
     value_dim = 0
     if value is not None and value_cache is not None:
         value_format, value_shape = _check_cache("value_cache", value_cache, device)
         _check_new("value", value, value_cache, value_format, v_scale, key)
         value_dim = value.shape[2]
+        _check_dim("value_dim", value_dim)
         if value_cache.dtype != key_cache.dtype or value_shape[:3] != cache_shape[:3]:
             raise AttentionArgumentError(
                 f"value_cache {_looks(value_cache)} does not match key_cache {_looks(key_cache)}"
@@ -195,6 +199,11 @@ def _misfit(rule: str, tensor: Tensor) -> AttentionArgumentError:
     return AttentionArgumentError(f"{rule}, found {_looks(tensor)}")
 
 
+def _check_dim(name: str, dim: int) -> None:
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise AttentionArgumentError(f"{name} must be in 1..{MAX_HEAD_DIM}, found {dim}")
+
+
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise AttentionArgumentError(f"{name} is on {tensor.device}, expected {device}")
@@ -220,6 +229,8 @@ def _check_cache(name: str, cache: Tensor, device: torch.device) -> tuple[CacheF
         raise AttentionArgumentError(f"{name} is {cache.dtype}, which is no cache format")
     if not 1 <= shape[1] <= MAX_BLOCK_SIZE:
         raise AttentionArgumentError(f"{name} has blocks of {shape[1]}, supported are 1..{MAX_BLOCK_SIZE}")
+    if shape[2] < 1:
+        raise _misfit(f"{name} must have a head", cache)
     if cache.stride(3) != 1 and shape[3] != 1:
         raise AttentionArgumentError(f"{name} must be contiguous within a head, found strides {cache.stride()}")
     return cache_format, shape

@@ -111,7 +111,7 @@ def paged_attention(
                      beside all keys before them; not together with window or alibi_slopes, for a token's depth in the
                      tree is not its place
     k_scale, v_scale: scales of quantised caches, see `CacheFormat`
-    out:             (tokens, q_heads, value_dim), written and returned
+    out:             (tokens, q_heads, value_dim), written and returned; not an expanded tensor
     plan:            of this step, by `plan`, for the same sequences, causal and window. It has checked lengths and block
                      tables; without it they are checked here, which on a GPU waits for the device
     backend:         its name; None picks the first that can do all of it, see `backend_info`
@@ -139,8 +139,10 @@ def paged_attention(
         raise AttentionArgumentError("tree_mask needs causal=True and goes with neither window nor alibi_slopes")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2])
-    if softcap is not None and not softcap > 0:
-        raise AttentionArgumentError(f"softcap must be above 0, or None, found {softcap}")
+    elif not math.isfinite(scale):
+        raise AttentionArgumentError(f"scale must be finite, or None, found {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise AttentionArgumentError(f"softcap must be above 0 and finite, or None, found {softcap}")
     if plan is not None:
         _check_plan(plan, query, key_cache, seq_lens, causal, (left, right), backend)
         if plan.shares_prefixes and (tree_mask is not None or alibi_slopes is not None):

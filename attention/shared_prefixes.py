@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import Int32s, Int64s, Partition, PlanCounts
 
-__all__ = ["LEAST_SAVED", "make_shared_plan", "order_by_prefix", "shared_with_previous"]
+__all__ = [
+    "LEAST_SAVED",
+    "check_shared",
+    "check_shared_blocks",
+    "make_shared_plan",
+    "order_by_prefix",
+    "shared_with_previous",
+]
 
 LEAST_SAVED = 512
 """Keys that a group must save to be one: below, its merges cost what its reads save."""
@@ -37,9 +45,43 @@ def shared_with_previous(block_tables: Int32s, seq_lens: Int32s, query_start_loc
     differs = block_tables[1:] != block_tables[:-1]
     num_equal = np.where(differs.any(1), differs.argmax(1), block_tables.shape[1])
     # What lies behind a sequence's blocks may be equal by accident.
-    num_full = np.minimum(num_before[1:], num_before[:-1]) // block_size
+    num_full = np.maximum(np.minimum(num_before[1:], num_before[:-1]), 0) // block_size
     shared[1:] = np.minimum(num_equal, num_full) * block_size
     return shared
+
+
+def check_shared(shared: Int32s, seq_lens: Int32s, query_start_loc: Int32s) -> None:
+    """Raise AttentionArgumentError unless sequences can share so many tokens with the one before: no query token is among
+    them. O(seqs).
+    """
+    if shared.shape != seq_lens.shape:
+        raise AttentionArgumentError(
+            f"shared must have an entry for each of {len(seq_lens)} seq_lens, found {len(shared)}"
+        )
+    num_before = np.maximum(seq_lens - (query_start_loc[1:] - query_start_loc[:-1]), 0)
+    most = np.zeros(len(shared), np.int32)
+    np.minimum(num_before[1:], num_before[:-1], out=most[1:])
+    # Viewed as unsigned, a negative number is a large one.
+    is_wrong = shared.view(np.uint32) > most.view(np.uint32)
+    if np.count_nonzero(is_wrong):
+        seq_idx = int(is_wrong.argmax())
+        raise AttentionArgumentError(
+            f"shared[{seq_idx}] = {int(shared[seq_idx])} must be in 0..{int(most[seq_idx])}: what sequence {seq_idx} and "
+            "the one before it, if any, have before their query tokens"
+        )
+
+
+def check_shared_blocks(shared: Int32s, block_tables: Int32s, block_size: int) -> None:
+    """Raise AttentionArgumentError unless shared tokens lie in the same blocks. O(seqs * blocks shared)."""
+    num_shared = -(-shared[1:] // block_size)
+    width = int(num_shared.max(initial=0))
+    differs = block_tables[1:, :width] != block_tables[:-1, :width]
+    is_wrong = (differs & (np.arange(differs.shape[1]) < num_shared[:, None])).any(1)
+    if np.count_nonzero(is_wrong):
+        seq_idx = int(is_wrong.argmax()) + 1
+        raise AttentionArgumentError(
+            f"sequence {seq_idx} does not start with the same {int(num_shared[seq_idx - 1])} blocks as the one before it"
+        )
 
 
 def make_shared_plan(

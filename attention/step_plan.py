@@ -12,9 +12,9 @@ from pagedkv.attention.backends import backend_named, pick_for_device
 from pagedkv.attention.checks import checked_window
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import Int32s, PlanCounts, make_plan
-from pagedkv.attention.shared_prefixes import make_shared_plan
+from pagedkv.attention.shared_prefixes import check_shared, check_shared_blocks, make_shared_plan
 
-__all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "plan"]
+__all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "check_table_rows", "on_host", "plan"]
 
 # The usual step has none: one tensor of no elements serves all of their plans.
 _NO_MERGES = torch.empty((4, 0), dtype=torch.int32, device="cpu")
@@ -82,7 +82,7 @@ def plan(
     device: torch.device | str = "cpu",
     backend: str | None = None,
     fixed_size: bool = False,
-    shared: Int32s | None = None,
+    shared: Int32s | Tensor | None = None,
 ) -> AttentionPlan:
     """Divide the work of one step among the device's workers: once per step, for all layers that look alike.
 
@@ -93,30 +93,32 @@ def plan(
     fixed_size: as many tasks as any lengths can need, empty ones among them, so that `take_over` can renew the plan of a
         captured CUDA graph
     shared: (seqs,) int32, by `shared_with_previous`: prefixes that are read once for several decodes, where the backend
-        can do that and it pays. Then the call may have no ALiBi slopes and no tree mask
+        can do that and it pays. Then the call may have no ALiBi slopes and no tree mask. That the blocks are the same is
+        checked where block_tables are given
 
     Raises AttentionArgumentError on lengths that are no batch's and on table entries out of range. O(seqs + tasks).
     """
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
         raise AttentionArgumentError(f"q_heads ({num_q_heads}) must be a multiple of kv_heads ({num_kv_heads})")
-    lengths, starts = _on_host("seq_lens", seq_lens, 1), _on_host("query_start_loc", query_start_loc, 1)
+    lengths, starts = on_host("seq_lens", seq_lens, 1), on_host("query_start_loc", query_start_loc, 1)
     sides = checked_window(window)
     max_query_len = check_lengths(lengths, starts, None)
     if not (block_tables is None) == (num_blocks is None) == (block_size is None):
         raise AttentionArgumentError("block_tables, num_blocks and block_size are given together or not at all")
+    shares = None if shared is None else on_host("shared", shared, 1)
+    if shares is not None:
+        check_shared(shares, lengths, starts)
     if block_tables is not None and num_blocks is not None and block_size is not None:
-        tables = _on_host("block_tables", block_tables, 2)
+        tables = on_host("block_tables", block_tables, 2)
         check_block_tables(tables, lengths, starts, num_blocks=num_blocks, block_size=block_size, window_left=sides[0])
+        if shares is not None:
+            check_shared_blocks(shares, tables, block_size)
     device = torch.device(device)
     chosen = pick_for_device(device) if backend is None else backend_named(backend)
-    if shared is not None and _on_host("shared", shared, 1).shape != lengths.shape:
-        raise AttentionArgumentError(
-            f"shared must have an entry for each of {len(lengths)} seq_lens, found {len(shared)}"
-        )
     partition = chosen.partition(num_q_heads, num_kv_heads, device)
     made = None
-    if shared is not None and partition.shares_prefixes and causal and sides == (-1, -1) and not fixed_size:
-        made = make_shared_plan(lengths, starts, shared, partition, heads_per_kv_head=num_q_heads // num_kv_heads)
+    if shares is not None and partition.shares_prefixes and causal and sides == (-1, -1) and not fixed_size:
+        made = make_shared_plan(lengths, starts, shares, partition, heads_per_kv_head=num_q_heads // num_kv_heads)
     tasks, merges, counts = made or make_plan(
         lengths,
         starts,
@@ -141,7 +143,8 @@ def plan(
     )
 
 
-def _on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
+def on_host(name: str, values: Int32s | Tensor, ndim: int) -> Int32s:
+    """The array. Raises AttentionArgumentError unless it is of int32 and has so many dimensions."""
     array: Int32s = values.numpy(force=True) if isinstance(values, Tensor) else values
     if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != ndim:
         found = f"{array.dtype} of {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -189,6 +192,14 @@ def check_lengths(seq_lens: Int32s, query_start_loc: Int32s, num_tokens: int | N
     return int(num_queries[num_queries.argmax()]) if len(num_queries) else 0
 
 
+def check_table_rows(block_tables: Int32s, seq_lens: Int32s) -> None:
+    """Raise AttentionArgumentError unless there is a row for each sequence. O(1)."""
+    if len(block_tables) != len(seq_lens):
+        raise AttentionArgumentError(
+            f"block_tables must have a row for each of {len(seq_lens)} seq_lens, found {len(block_tables)}"
+        )
+
+
 def check_block_tables(
     block_tables: Int32s,
     seq_lens: Int32s,
@@ -198,11 +209,16 @@ def check_block_tables(
     block_size: int,
     window_left: int,
 ) -> None:
-    """Raise AttentionArgumentError unless every table entry that a query may read is a block.
+    """Raise AttentionArgumentError unless every sequence has a row, and every entry that a query may read is a block.
 
     Entries behind the window and past the sequence's end are not looked at: they may hold anything.
     O(num_seqs * max_blocks).
     """
+    if block_size < 1 or num_blocks < 0:
+        raise AttentionArgumentError(
+            f"block_size must be at least 1 and num_blocks at least 0, found {block_size} and {num_blocks}"
+        )
+    check_table_rows(block_tables, seq_lens)
     num_queries = np.diff(query_start_loc)
     lengths = np.where(num_queries > 0, seq_lens, 0)
     num_used = -(-lengths // block_size)

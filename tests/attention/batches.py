@@ -47,6 +47,7 @@ class Batch(Described):
     int4_groups: groups of channels of keys and of values
     layout:      how the caches lie, see `_cache_bases`
     query_scale: standard deviation of the query; 4 makes softmax peaked
+    has_unwritten_drafts: whether drafts that no query sees are poisoned too
     out:         "new", "given", or "strided" for a given one with gaps
     """
 
@@ -74,6 +75,7 @@ class Batch(Described):
     has_sinks: bool = False
     has_alibi: bool = False
     has_tree_mask: bool = False
+    has_unwritten_drafts: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -163,7 +165,10 @@ def _truth(batch: Batch) -> tuple[Tensor, Tensor]:
 def _build(batch: Batch, device: str) -> dict[str, Tensor]:
     rng = np.random.default_rng(batch.seed)
     tables, num_blocks = _tables(batch, rng)
-    is_used = _used_slots(batch, tables, num_blocks)
+    tree_mask = None
+    if batch.has_unwritten_drafts:
+        tree_mask = _tree_mask(batch, rng)
+    is_used = _used_slots(batch, tables, num_blocks, tree_mask)
     caches = _caches(batch, is_used, rng, device)
     num_heads = batch.num_q_heads + (2 * batch.num_kv_heads if batch.has_packed_query else 0)
     query = normal(rng, (batch.num_tokens, num_heads, batch.head_dim)) * batch.query_scale
@@ -183,7 +188,7 @@ def _build(batch: Batch, device: str) -> dict[str, Tensor]:
     if batch.has_alibi:
         tensors["alibi_slopes"] = _to(rng.uniform(0, 0.5, batch.num_q_heads).astype(np.float32), device)
     if batch.has_tree_mask:
-        tensors["tree_mask"] = _to(_tree_mask(batch, rng), device)
+        tensors["tree_mask"] = _to(_tree_mask(batch, rng) if tree_mask is None else tree_mask, device)
     return tensors
 
 
@@ -223,14 +228,25 @@ def _tables(batch: Batch, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     return tables, num_blocks
 
 
-def _used_slots(batch: Batch, tables: np.ndarray, num_blocks: int) -> np.ndarray:
-    """(blocks, block_size) bool: slots that hold a token of some sequence."""
+def _used_slots(batch: Batch, tables: np.ndarray, num_blocks: int, tree_mask: np.ndarray | None) -> np.ndarray:
+    """(blocks, block_size) bool: slots that hold a token of some sequence; with a tree mask, one that some query sees."""
     is_used = np.zeros((num_blocks, batch.block_size), bool)
-    for seq_idx, (_, length) in enumerate(batch.lens):
+    start = 0
+    for seq_idx, (num_queries, length) in enumerate(batch.lens):
         first, end = _used_columns(batch, seq_idx)
         positions = np.arange(first * batch.block_size, min(end * batch.block_size, length))
+        if tree_mask is not None:
+            unseen = _unseen_drafts(tree_mask[start : start + num_queries])
+            positions = np.setdiff1d(positions, unseen + length - num_queries)
+        start += num_queries
         is_used[tables[seq_idx, positions // batch.block_size], positions % batch.block_size] = True
     return is_used
+
+
+def _unseen_drafts(tree_mask: np.ndarray) -> np.ndarray:
+    """Which of a sequence's query tokens neither itself nor a later one sees. tree_mask: (query tokens, words)."""
+    bits = np.unpackbits(np.ascontiguousarray(tree_mask).view(np.uint8), axis=1, bitorder="little")
+    return np.flatnonzero(~np.tril(bits[:, : len(bits)]).any(0))
 
 
 def _caches(batch: Batch, is_used: np.ndarray, rng: np.random.Generator, device: str) -> dict[str, Tensor]:

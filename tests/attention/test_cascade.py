@@ -166,6 +166,15 @@ def test_a_shared_length_that_ends_within_a_block_is_refused() -> None:
             cascade_of(shared_step(*MIXED), num_shared_tokens=wrong)
 
 
+def test_blocks_of_no_tokens_and_tables_of_another_batch_are_refused() -> None:
+    step = shared_step(*MIXED)
+
+    with pytest.raises(AttentionArgumentError, match="block_size must be at least 1, found 0"):
+        cascade_of(step, block_size=0)
+    with pytest.raises(AttentionArgumentError, match="a row for each of 4 seq_lens, found 3"):
+        cascade_of(replace(step, block_tables=step.block_tables[:3]), num_blocks=None)
+
+
 def test_sequences_that_start_with_other_blocks_are_refused() -> None:
     step = shared_step(*MIXED)
     step.block_tables[2, 1] = step.block_tables[3, 2]

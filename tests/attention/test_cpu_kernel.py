@@ -188,6 +188,86 @@ def test_nan_among_the_keys_that_are_seen_comes_out_as_nan(kernel: Kernel) -> No
         assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("cache", ["float", "int8", "fp8_e4m3", "int4"])
+def test_nan_in_drafts_that_nobody_sees_stays_there(kernel: Kernel, instruction_set: str, cache: str) -> None:
+    if instruction_set not in kernel.instruction_sets:
+        pytest.skip(f"this processor has no {instruction_set}")
+    kernel.instruction_set = instruction_set
+    # A decode and a prefill, each with a tile of keys before the drafts.
+    for dtype in ("float32", "bfloat16"):
+        batch = Batch(
+            ((5, 50), (33, 170)), dtype=dtype, cache=cache, num_kv_heads=2, group=2,
+            has_tree_mask=True, has_unwritten_drafts=True,
+        )  # fmt: skip
+        with one_thread():
+            check(batch, *batch.call("cpu"))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scales_of_int8_values_may_have_either_sign(kernel: Kernel, sign: float) -> None:
+    batch = Batch(((1, 40), (20, 30)), dtype="bfloat16", cache="int8")
+    tensors = dict(batch.tensors())
+    expected, _ = batch.truth()
+
+    out = paged_attention(**tensors | {"v_scale": sign * tensors["v_scale"]}, backend="cpu")
+
+    torch.testing.assert_close(out.double(), sign * expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("channel", [0, 5, 63])
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.uint8])
+def test_nan_that_is_written_to_a_quantised_cache_is_read_as_nan(
+    kernel: Kernel, cache_dtype: torch.dtype, channel: int
+) -> None:
+    is_int8 = cache_dtype == torch.int8
+    cache = torch.ones(1, 4, 1, 64 if is_int8 else 32, dtype=cache_dtype)
+    scale = torch.ones(1, 4, 1) if is_int8 else torch.ones(1, 4, 1, 1, 2, dtype=torch.bfloat16)
+    new = torch.linspace(-2, 2, 128).view(2, 1, 64).clone()
+    new[1, 0, channel] = torch.nan
+    write_kv(new, None, cache, None, torch.tensor([0, 1]), k_scale=scale, backend="cpu")
+    tables, starts = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    good_cache, good_scale = cache.clone(), scale.clone()
+    good_cache[0, 1], good_scale[0, 1] = cache[0, 0], scale[0, 0]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for length, has_nan in ((1, False), (2, True)):
+            lens = torch.tensor([length], dtype=torch.int32)
+            out = paged_attention(
+                torch.ones(1, 1, 64, dtype=dtype), good_cache, cache, tables, lens, starts,
+                k_scale=good_scale, v_scale=scale, backend="cpu",
+            )  # fmt: skip
+            assert bool(out.isnan().all()) is has_nan
+
+    assert scale[0, 1].isnan().all()
+    assert not scale[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("channel", [0, 5, 63])
+def test_nan_in_a_query_of_an_int8_cache_comes_out_as_nan(kernel: Kernel, channel: int) -> None:
+    batch = Batch(((1, 9), (1, 9)), dtype="bfloat16", cache="int8")
+    query = batch.tensors()["query"].clone()
+    query[1, 0, channel] = torch.nan
+
+    out = paged_attention(**batch.tensors() | {"query": query}, backend="cpu")
+
+    assert not out[0].isnan().any()
+    assert out[1].isnan().all()
+
+
+def test_scales_of_slots_that_lie_far_apart_are_read(kernel: Kernel) -> None:
+    batch = Batch(((1, 40), (20, 30)), cache="int8", num_kv_heads=2)
+    tensors = dict(batch.tensors())
+    for name in ("k_scale", "v_scale"):
+        room = torch.full((16, 4096, 2), torch.nan)
+        scale = room[:, : tensors[name].shape[0]].transpose(0, 1)
+        tensors[name] = scale.copy_(tensors[name])
+
+    out, lse = paged_attention(**tensors, return_lse=True, backend="cpu")
+
+    check(batch, out, lse)
+
+
 @needs_compiler
 def test_the_kernel_is_compiled_once_and_found_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = find_kernel()

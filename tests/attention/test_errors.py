@@ -126,7 +126,10 @@ def test_values_that_do_not_fit_are_named(field: str, values: list[Any], message
         ({"sinks": torch.zeros(4, dtype=torch.float64)}, "sinks must be float32"),
         ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
         ({"alibi_slopes": torch.zeros(4, 1)}, "alibi_slopes must be (4,)"),
-        ({"softcap": 0.0}, "softcap must be above 0, or None, found 0.0"),
+        ({"scale": float("nan")}, "scale must be finite, or None, found nan"),
+        ({"scale": float("-inf")}, "scale must be finite, or None, found -inf"),
+        ({"softcap": 0.0}, "softcap must be above 0 and finite, or None, found 0.0"),
+        ({"softcap": float("inf")}, "softcap must be above 0 and finite, or None, found inf"),
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"softcap": float("nan")}, "softcap must be above 0"),
         ({"window": 5}, "window must be (left, right) or None, found 5"),
@@ -148,6 +151,7 @@ def test_values_that_do_not_fit_are_named(field: str, values: list[Any], message
         ),
         ({"out": torch.full((3, 4, 8), UNTOUCHED, dtype=torch.float64)}, "out must be (3, 4, 8) torch.float32"),
         ({"out": torch.zeros(3, 4, 8, device="meta")}, "out is on meta"),
+        ({"out": torch.full((1, 4, 8), UNTOUCHED).expand(3, 4, 8)}, "out must not be expanded"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
@@ -311,6 +315,39 @@ def test_a_write_that_does_not_fit_is_named_and_writes_nothing(changes: dict[str
     for name in ("key_cache", "value_cache"):
         if arguments[name].device.type == "cpu":
             assert not arguments[name].any()
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "value_dim", "message"),
+    [
+        (1, 1025, 8, "head_dim must be in 1..1024, found 1025"),
+        (1, 8, 1025, "value_dim must be in 1..1024, found 1025"),
+        (2, 0, 8, "head_dim must be in 1..1024, found 0"),
+        (2, 8, 0, "value_dim must be in 1..1024, found 0"),
+        (0, 8, 8, "key_cache must have a head, found torch.int8 (1, 4, 0, 8)"),
+    ],
+)
+def test_a_write_of_no_heads_or_of_heads_that_no_kernel_has_room_for_is_refused(
+    num_heads: int, head_dim: int, value_dim: int, message: str
+) -> None:
+    sizes = (head_dim, value_dim)
+    new = [torch.ones(1, num_heads, dim) for dim in sizes]
+    caches = [torch.zeros(1, 4, num_heads, dim, dtype=torch.int8) for dim in sizes]
+    scales = {"k_scale": torch.zeros(1, 4, num_heads), "v_scale": torch.zeros(1, 4, num_heads)}
+
+    with pytest.raises(AttentionArgumentError) as caught:
+        write_kv(*new, *caches, torch.tensor([1]), **scales)
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dim", [1, 1024])
+def test_heads_of_1_and_of_1024_channels_are_written(dim: int) -> None:
+    cache, scale = torch.zeros(1, 4, 1, dim, dtype=torch.int8), torch.zeros(1, 4, 1)
+
+    write_kv(torch.ones(1, 1, dim), None, cache, None, torch.tensor([1]), k_scale=scale)
+
+    assert cache.sum() == 127 * dim
 
 
 def test_int4_scales_that_are_scattered_within_a_head_are_refused() -> None:

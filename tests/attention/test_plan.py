@@ -273,6 +273,30 @@ def test_without_tables_a_plan_does_not_look_at_them() -> None:
         plan(int32(5), int32(0, 1), num_q_heads=1, num_kv_heads=1, block_tables=np.zeros((1, 1), np.int32))
 
 
+@pytest.mark.parametrize(
+    ("rows", "block_size", "num_blocks", "message"),
+    [
+        (1, 4, 8, "block_tables must have a row for each of 2 seq_lens, found 1"),
+        (3, 4, 8, "block_tables must have a row for each of 2 seq_lens, found 3"),
+        (2, 0, 8, "block_size must be at least 1 and num_blocks at least 0, found 0 and 8"),
+        (2, 4, -1, "block_size must be at least 1 and num_blocks at least 0, found 4 and -1"),
+    ],
+)
+def test_tables_of_another_batch_and_blocks_of_no_size_are_refused(
+    rows: int, block_size: int, num_blocks: int, message: str
+) -> None:
+    sizes = {"num_blocks": num_blocks, "block_size": block_size}
+    with pytest.raises(AttentionArgumentError, match=message):
+        plan(
+            int32(5, 5),
+            int32(0, 1, 2),
+            num_q_heads=1,
+            num_kv_heads=1,
+            block_tables=np.zeros((rows, 2), np.int32),
+            **sizes,
+        )
+
+
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(3, 2), (0, 1), (1, 0)])
 def test_heads_must_divide(num_q_heads: int, num_kv_heads: int) -> None:
     with pytest.raises(AttentionArgumentError, match=rf"q_heads \({num_q_heads}\) must be a multiple"):

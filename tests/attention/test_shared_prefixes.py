@@ -151,3 +151,44 @@ def test_slopes_and_trees_are_refused_with_a_shared_plan() -> None:
 def test_an_entry_for_each_sequence_is_asked_for() -> None:
     with pytest.raises(AttentionArgumentError, match="an entry for each of 2 seq_lens, found 1"):
         plan(int32s(5, 6), int32s(0, 1, 2), num_q_heads=2, num_kv_heads=2, shared=int32s(0))
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        (int32s(4, 0, 0), r"shared\[0\] = 4 must be in 0\.\.0"),
+        (int32s(0, -1, 0), r"shared\[1\] = -1 must be in 0\.\.8"),
+        (int32s(0, 9, 0), r"shared\[1\] = 9 must be in 0\.\.8"),
+        (int32s(0, 8, 5), r"shared\[2\] = 5 must be in 0\.\.4"),
+        (int32s(0, 5_000_000, 0), r"shared\[1\] = 5000000 must be in 0\.\.8"),
+    ],
+)
+def test_no_more_is_shared_than_both_have_before_their_query_tokens(shared: np.ndarray, message: str) -> None:
+    lengths, starts = int32s(9, 12, 6), int32s(0, 1, 2, 4)
+    with pytest.raises(AttentionArgumentError, match=message):
+        plan(lengths, starts, num_q_heads=2, num_kv_heads=2, shared=shared)
+
+
+def test_query_tokens_before_the_first_position_share_nothing() -> None:
+    tables, lengths, starts = np.array([[1, 2], [1, 2]], np.int32), int32s(2, 8), int32s(0, 3, 4)
+    shared = shared_with_previous(tables, lengths, starts, 4)
+    assert shared.tolist() == [0, 0]
+    plan(lengths, starts, num_q_heads=2, num_kv_heads=2, shared=shared)
+
+
+def test_shared_tokens_lie_in_the_same_blocks() -> None:
+    lengths, starts = int32s(9, 12, 9), int32s(0, 1, 2, 3)
+    options = {"num_q_heads": 2, "num_kv_heads": 2, "num_blocks": 9, "block_size": 4}
+    tables = np.array([[1, 2, 3], [1, 2, 4], [1, 5, 6]], np.int32)
+    plan(lengths, starts, block_tables=tables, shared=int32s(0, 8, 4), **options)
+    with pytest.raises(
+        AttentionArgumentError, match="sequence 2 does not start with the same 2 blocks as the one before"
+    ):
+        plan(lengths, starts, block_tables=tables, shared=int32s(0, 8, 5), **options)
+
+
+@needs_kernel
+def test_what_is_shared_may_be_a_tensor() -> None:
+    shared = torch.tensor([0, 8], dtype=torch.int32)
+    made = plan(int32s(9, 12), int32s(0, 1, 2), num_q_heads=2, num_kv_heads=2, backend="cpu", shared=shared)
+    assert made.shares_prefixes

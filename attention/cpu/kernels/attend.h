@@ -30,9 +30,9 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     if (call->format == FORMAT_INT8) {
         NAME(token_scales)(task, &call->key, kv_head, first_key, num_keys, s->key_scales);
         NAME(token_scales)(task, &call->value, kv_head, first_key, num_keys, s->value_scales);
-        s->largest_value_scale = 0.0f;
-        for (int i = 0; i < num_keys; i++)
-            if (!(s->value_scales[i] <= s->largest_value_scale)) s->largest_value_scale = s->value_scales[i];
+        for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
+            if (NAME(is_unseen)(task, first_key + i)) s->value_scales[i] = 0.0f;
+        s->largest_value_scale = NAME(largest_magnitude)(s->value_scales, num_keys);
     }
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
     NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
@@ -79,6 +79,8 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
                                 s->value_rows, values);
+            for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
+                if (NAME(is_unseen)(task, first_key + i)) values[i] = (const char *)s->zeros;
             values[num_keys] = (const char *)s->zeros;
             NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
                              is_last ? num_next : num_keys, num_keys, ahead);
@@ -111,15 +113,17 @@ static void TARGET NAME(row_to_halves)(const char *row, int num_words, float *to
 #ifdef INT16_DOT
 /* A query as int16, as large as the sums of its products with int8 allow; returns what one unit stands for. */
 static float TARGET NAME(query_to_int16)(const struct cache *row, int dtype, const char *from, int16_t *to, int num_words) {
-    float x[MAX_DIM], largest = 0.0f;
+    float x[MAX_DIM];
     int dim = (int)row->dim, most = INT32_MAX / 128 / dim;
     if (most > 32767) most = 32767;
     NAME(row_to_floats)(row, FORMAT_FLOAT, dtype, from, 0, x);
-    for (int d = 0; d < dim; d++)
-        if (!(fabsf(x[d]) <= largest)) largest = fabsf(x[d]);
-    float units = largest > 0.0f && largest < INFINITY ? (float)most / largest : 0.0f;
+    float largest = NAME(largest_magnitude)(x, dim), units = (float)most / largest;
+    if (!(units > 0.0f && units < INFINITY)) {
+        memset(to, 0, 2 * num_words * sizeof(int16_t));
+        return largest; /* infinity and NaN go on into the scores */
+    }
     for (int d = 0; d < 2 * num_words; d++) to[d] = d < dim ? (int16_t)rintf(x[d] * units) : 0;
-    return units > 0.0f ? 1.0f / units : largest; /* infinity and NaN go on into the scores */
+    return 1.0f / units;
 }
 #endif
 
@@ -199,8 +203,8 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     task.key_words = NAME(words)(call->key.dim);
     task.value_words = NAME(words)(call->value.dim);
     task.value_columns = task.value_words * PER_WORD;
-    task.length = call->seq_lens[task.seq];
-    task.query_offset = task.length - call->query_start_loc[task.seq + 1];
+    task.query_offset = call->seq_lens[task.seq] - call->query_start_loc[task.seq + 1];
+    task.first_draft = task.query_offset + call->query_start_loc[task.seq];
     task.is_few = task.rows <= MAX_FEW_ROWS;
     task.is_widened = NAME(widens)(call);
     int64_t rows = (int64_t)(end_head - first_head) * task.padded_rows;

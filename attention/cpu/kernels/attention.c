@@ -25,6 +25,7 @@ typedef int32_t int32_alias __attribute__((may_alias));
 #define FEW_TILE 48 /* keys of a tile that few rows read in place; 32 to 128 differ by 5 % */
 #define KEY_TILE 128    /* keys of a tile that is laid out for many rows */
 #define ROW_BLOCK 48 /* rows whose scores stay in the first-level cache */
+#define MAX_SCALE_BYTES 16384 /* of the keys of a tile: 32 heads of int8, or 8 of int4 with four groups */
 #define MAX_THREADS 255
 #define MIN_ELEMENTS_WRITTEN 65536 /* fewer are not worth another thread */
 

@@ -1,13 +1,14 @@
 /* Where a tile's keys and values are, and how they are laid out for the products. Included once per instruction set after
    task.h. */
 
-/* Starts fetching the scales of up to num_keys slots of a block, from `slot` on. */
+/* Starts fetching the scales of up to num_keys slots of a block, from `slot` on, unless they lie so far apart that more would
+   be fetched than is read. */
 static void TARGET NAME(fetch_scales)(const struct attention_call *call, const struct cache *cache, int64_t block, int slot,
                                       int num_keys) {
     int64_t bytes = call->format == FORMAT_INT8 ? 4 : 2;
     int64_t first = block * cache->scale_block_stride + slot * cache->scale_slot_stride;
     int64_t end = first + (num_keys < call->block_size - slot ? num_keys : call->block_size - slot) * cache->scale_slot_stride;
-    NAME(fetch)((const char *)cache->scale + first * bytes, (int)((end - first) * bytes));
+    if ((end - first) * bytes <= MAX_SCALE_BYTES) NAME(fetch)((const char *)cache->scale + first * bytes, (int)((end - first) * bytes));
 }
 
 /* Where channel 0 of head 0 lies for each key of a tile. */

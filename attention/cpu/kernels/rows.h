@@ -10,6 +10,17 @@ INLINE uint16_t NAME(to_bf16)(float x) {
     if (x != x) return 0x7FC0;
     return (uint16_t)((u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16);
 }
+/* The largest magnitude of n floats, NaN if one of them is: magnitudes are in the order of their bits, NaN above infinity. */
+INLINE float NAME(largest_magnitude)(const float *x, int n) {
+    int32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        union { float value; int32_t bits; } u = {x[i]};
+        int32_t magnitude = u.bits & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    union { int32_t bits; float value; } u = {largest};
+    return u.value;
+}
 /* A float with fewer bits, moved to its place in a float32 and scaled by a power of two, which also makes its subnormals
    right; the largest exponent means infinity or NaN. */
 INLINE float NAME(widened)(uint32_t sign, uint32_t magnitude, uint32_t special, float power) {

@@ -23,13 +23,27 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
     }
     if (call->tree_mask) {
         const int32_t *bits = call->tree_mask + token * call->tree_words;
-        int first_draft = task->length - (call->query_start_loc[task->seq + 1] - call->query_start_loc[task->seq]);
         for (int i = 0; i < LANES && i < num_left; i++) {
-            int draft = key + i - first_draft;
+            int draft = key + i - task->first_draft;
             if (draft >= 0 && !(bits[draft / 32] >> (draft % 32) & 1)) x[i] = -INFINITY;
         }
     }
     return x;
+}
+
+/* The first key of a tile that a tree mask may hide; beyond any tile where there is no mask. */
+INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
+    if (!task->call->tree_mask) return KEY_TILE;
+    return task->first_draft > first_key ? task->first_draft - first_key : 0;
+}
+
+/* Whether no row of the task sees this draft. Nobody may have written such a one, and a NaN among its values would outlive a
+   weight of zero. */
+static int TARGET NAME(is_unseen)(const struct NAME(task) *task, int key) {
+    int draft = key - task->first_draft;
+    for (int token = task->end - 1; token >= task->first && token + task->query_offset >= key; token--)
+        if (task->call->tree_mask[token * task->call->tree_words + draft / 32] >> (draft % 32) & 1) return 0;
+    return 1;
 }
 
 #ifdef INT16_DOT

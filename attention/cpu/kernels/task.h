@@ -72,7 +72,7 @@ struct NAME(task) {
     int seq, first, end, first_key, end_key, partial;
     int first_head, end_head, group, rows, padded_rows;
     int key_words, value_words, value_columns; /* words of a key; words and floats of a padded value row */
-    int length, query_offset; /* position of query token t is t + query_offset */
+    int query_offset, first_draft; /* position of query token t is t + query_offset; that of its sequence's first */
     int is_few;
     int is_widened; /* bf16 read in place where words are floats: channels come as the even ones and the odd ones of a chunk */
 };

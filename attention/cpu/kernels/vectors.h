@@ -83,7 +83,7 @@ INLINE float NAME(max_lanes)(vf x) {
 INLINE vf NAME(exp)(vf x) {
     vf t = x * 1.44269504088896341f;
     vf rounded = t + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
-    vi n = (vi)rounded - 0x4B400000;
+    vu n = (vu)rounded - 0x4B400000u; /* wraps where x is out of range, which is seen to below */
     vf f = t - (rounded - 12582912.0f);
     vf p = f * 1.5403530e-4f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
@@ -91,7 +91,7 @@ INLINE vf NAME(exp)(vf x) {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    vf y = (vf)((vi)p + (n << 23));
+    vf y = (vf)((vu)p + (n << 23));
     return NAME(select)(x >= -87.0f, y, NAME(select)(x < -87.0f, (vf){0}, x)); /* NaN stays NaN */
 }
 

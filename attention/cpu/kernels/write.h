@@ -22,14 +22,13 @@ INLINE uint8_t NAME(to_e5m2)(float x) {
 }
 
 static void TARGET NAME(write_int8)(const float *x, int dim, uint8_t *to, float *scale) {
-    float largest = 0.0f;
-    for (int i = 0; i < dim; i++) {
-        float magnitude = fabsf(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    float step = largest / 127.0f, divisor = step > 0.0f ? step : 1.0f;
-    for (int i = 0; i < dim; i++) to[i] = (uint8_t)(int8_t)(int)rintf(x[i] / divisor);
+    float step = NAME(largest_magnitude)(x, dim) / 127.0f;
     *scale = step;
+    if (!(step > 0.0f && step < INFINITY)) {
+        memset(to, 0, (size_t)dim); /* all zeros; or infinity or NaN, which the scale says for all of them */
+        return;
+    }
+    for (int i = 0; i < dim; i++) to[i] = (uint8_t)(int8_t)(int)rintf(x[i] / step);
 }
 
 static void TARGET NAME(write_int4)(const float *x, int dim, int group_size, uint8_t *to, uint16_t *scale) {
@@ -39,11 +38,17 @@ static void TARGET NAME(write_int4)(const float *x, int dim, int group_size, uin
             low = x[i] < low ? x[i] : low;
             high = x[i] > high ? x[i] : high;
         }
+        /* Apart from the loop above, which would be no vectors' any more. */
+        float largest = NAME(largest_magnitude)(x + first, group_size);
+        if (largest != largest) low = high = largest;
         scale[1] = NAME(to_bf16)(low);
         float minimum = NAME(from_bf16)(scale[1]);
         scale[0] = NAME(to_bf16)((high - minimum) / 15.0f);
         float step = NAME(from_bf16)(scale[0]);
-        if (!(step > 0.0f)) step = 1.0f;
+        if (!(step > 0.0f && step < INFINITY)) {
+            memset(to + first / 2, 0, (size_t)(group_size / 2));
+            continue;
+        }
         for (int i = first; i < first + group_size; i += 2) {
             float even = rintf((x[i] - minimum) / step), odd = rintf((x[i + 1] - minimum) / step);
             even = even < 0.0f ? 0.0f : even > 15.0f ? 15.0f : even;
