@@ -15,7 +15,7 @@ from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.eviction import LRU, EvictionPolicy
 
-__all__ = ["CachePass", "num_distinct_blocks", "replay_cache"]
+__all__ = ["CachePass", "replay_cache"]
 
 NO_PARENT = np.array([-1], np.int64)
 
@@ -98,15 +98,3 @@ def _serve(pool: BlockPool, cache: PrefixCache, keys: list[Key]) -> int | None:
             return None
     pool.release(chain[:0:-1])
     return num_hit
-
-
-def num_distinct_blocks(content_ids: Iterable[NDArray[np.int64]]) -> int:
-    """The smallest capacity with which nothing is ever evicted: every policy then has its highest hit ratio. O(blocks).
-
-    >>> num_distinct_blocks([np.array([1, 2]), np.array([1, 2, 3])])
-    3
-    """
-    distinct: set[int] = set()
-    for ids in content_ids:
-        distinct.update(ids.tolist())
-    return len(distinct)
