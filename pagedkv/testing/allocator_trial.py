@@ -32,9 +32,9 @@ class AllocatorTrial(CheckedCalls):
 
     def open(self, sequence_id: Hashable, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Open a sequence; the hit must be the one that the model predicts, and its blocks must hold the prompt."""
-        self.calls.append(("open", sequence_id, token_ids, salt))
         model, caps = self.model, self.capabilities
-        call = ("open", sequence_id, token_ids)
+        call = ("open", sequence_id, list(token_ids))
+        self.calls.append((*call, salt))
         if sequence_id in model.sequences or not token_ids:
             self.refuse(call, salt=salt)
             return
@@ -68,17 +68,21 @@ class AllocatorTrial(CheckedCalls):
         model.host_held -= set(sequence.host_blocks or ())
         self.closed_ids.add(sequence_id)
         self._check_forgotten(sequence_id)
+        given = self._prompts_given.pop(sequence_id, None)
+        if given is not None:
+            self.check_given(*given)
         self.count(("close",))
 
     def lookup(self, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Ask for the longest hit, which must change nothing."""
-        self.calls.append(("lookup", token_ids, salt))
+        call = ("lookup", list(token_ids))
+        self.calls.append((*call, salt))
         if not self.capabilities.prefix_caching or not token_ids:
             return
         sequence = self._new_sequence(token_ids, salt)
         before = self.snapshot()
-        num_hit = self.succeed(("lookup", token_ids), salt=salt)
-        self.unchanged(before, "I8", ("lookup", token_ids), "returned")
+        num_hit = self.succeed(call, salt=salt)
+        self.unchanged(before, "I8", call, "returned")
         expected = self.model.resident(sequence.histories, self.model.longest_hit(sequence.histories))
         self._check_hit("lookup", num_hit, sequence, expected)
         self.count(("lookup", num_hit))
@@ -87,12 +91,13 @@ class AllocatorTrial(CheckedCalls):
 
     def extend(self, sequence_id: Hashable, token_ids: Sequence[int]) -> None:
         """Make more tokens known."""
-        self.calls.append(("extend", sequence_id, token_ids))
+        call = ("extend", sequence_id, list(token_ids))
+        self.calls.append(call)
         sequence = self.model.sequences.get(sequence_id)
         if sequence is None:
-            self.refuse(("extend", sequence_id, token_ids))
+            self.refuse(call)
             return
-        self.succeed(("extend", sequence_id, token_ids))
+        self.succeed(call)
         last = sequence.histories[-1]
         sequence.tokens += token_ids
         sequence.histories += self.histories.walk(last, token_ids)
@@ -320,7 +325,7 @@ class AllocatorTrial(CheckedCalls):
         if num_most > model.num_free:  # Whether it must succeed depends on hits that only the allocator knows.
             before = self.snapshot()
             try:
-                answer = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
+                answer = self.make(call, {"salt": salt})
             except self.capabilities.shortage:
                 self.unchanged(before, "I8", call, "ran short of blocks")
                 self.count(("open", "short"))
@@ -344,6 +349,7 @@ class AllocatorTrial(CheckedCalls):
     def _adopt(self, sequence_id: Hashable, sequence: ModelSequence, blocks: list[int], num_hit: int) -> None:
         """Enter a sequence whose first tokens were hit; the blocks must hold them."""
         self.model.sequences[sequence_id] = sequence
+        self._prompts_given[sequence_id] = self._given
         sequence.blocks, sequence.num_computed = blocks, num_hit
         position = self.content.first_difference(
             blocks[: num_hit // self.model.block_size], sequence.histories, num_hit, on_host=False

@@ -17,6 +17,7 @@ from pagedkv.testing.shrinking import shrink
 __all__ = ["Failure", "Report", "replay", "verify"]
 
 CALLS_PER_TRIAL = 250
+NOT_REPEATED = "Made again, these calls did not break it: the allocator's answers hang on chance, or on what other allocators did."
 REPEAT_EVERY = 50
 """One trial in so many is run a second time, and both runs must give the same results (I14)."""
 
@@ -32,6 +33,8 @@ class Failure:
     operations: list[Operation]
     num_operations_found: int
     """How many calls there were before shrinking."""
+    is_repeated: bool = True
+    """Whether the same calls broke the same invariant on a fresh allocator. If not, they were not shrunk."""
 
     def script(self, factory: str) -> str:
         """A Python script that repeats the failure. `factory` names the allocator's factory, `module:expression`."""
@@ -39,7 +42,7 @@ class Failure:
         num_blocks, block_size, num_host_blocks = self.size
         lines = [
             f'"""{self.invariant}: {self.message.splitlines()[0]}"""'.replace("\\", "\\\\"),
-            "",
+            "" if self.is_repeated else f"# {NOT_REPEATED}\n",
             f"from {module} import {re.split('[.(]', name)[0]}",
             "from pagedkv.testing import AllocatorTrial",
             "",
@@ -165,9 +168,10 @@ def _shrunk(
         last[0] = found
         return True
 
-    shortest = shrink(operations, fails) if fails(operations) else operations
+    is_repeated = fails(operations)
+    shortest = shrink(operations, fails) if is_repeated else operations
     message = str(last[0]).removeprefix(f"{error.invariant}: ")
-    return Failure(error.invariant, message, trial_idx, size, shortest, len(operations))
+    return Failure(error.invariant, message, trial_idx, size, shortest, len(operations), is_repeated)
 
 
 def called(operation: Operation) -> str:

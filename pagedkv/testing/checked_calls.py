@@ -59,15 +59,27 @@ class CheckedCalls:
         self.log: list[object] = []
         self.calls: list[Call] = []
         self.closed_ids: set[Hashable] = set()
+        # The last list of tokens that was handed over, and those that open sequences began with: they stay the caller's.
+        self._given: tuple[Call, list[Any]] | None = None
+        self._prompts_given: dict[Hashable, tuple[Call, list[Any]] | None] = {}
         self._own_check = getattr(self.allocator, "check", None)
         self._shows_state = hasattr(self.allocator, "state")
 
     # How a call ends
 
+    def make(self, call: Call, options: dict[str, Any]) -> Any:
+        """Make a call with a list of its own, so that the trial's lists are out of the allocator's reach."""
+        verb, tokens = getattr(self.allocator, call[0]), call[-1]
+        if type(tokens) is not list:
+            return verb(*call[1:], **options)
+        given = tokens[:]
+        self._given = (call, given)
+        return verb(*call[1:-1], given, **options)
+
     def succeed(self, call: Call, **options: object) -> Any:
         """Make a call that must succeed, and return its result."""
         try:
-            answer = getattr(self.allocator, call[0])(*call[1:], **options)
+            answer = self.make(call, options)
         except self.capabilities.shortage as error:
             self.fail(
                 "I2",
@@ -118,7 +130,7 @@ class CheckedCalls:
         before = self.snapshot()
         reason = f"{num_needed} blocks are needed" + (", more than there are" if never_fits else ", fewer are free")
         try:
-            found = getattr(self.allocator, call[0])(*call[1:], **options)
+            found = self.make(call, options)
         except caps.shortage:
             self.unchanged(before, invariant, call, "ran short of blocks")
             self.count((call[0], "short"))
@@ -138,7 +150,7 @@ class CheckedCalls:
             return
         before = self.snapshot()
         try:
-            getattr(self.allocator, call[0])(*call[1:], **options)
+            self.make(call, options)
         except self.capabilities.mistakes:
             self.unchanged(before, invariant, call, "was refused")
             self.count((call[0], "refused"))
@@ -152,6 +164,11 @@ class CheckedCalls:
         raise InvariantViolation(invariant, message) from None
 
     # What nothing may change
+
+    def check_given(self, call: Call, given: list[Any]) -> None:
+        """A list of tokens is the caller's, and stays as it was. O(tokens)."""
+        if given != call[-1]:
+            self.fail("I8", f"{shown(call)} changed its argument: it has become {given}")
 
     def snapshot(self) -> object:
         """The numbers of free blocks; where a recount is due, the allocator's own state if it shows that."""
@@ -177,6 +194,9 @@ class CheckedCalls:
         """Note the result; compare free blocks, and every so often all tables and all content."""
         self.log.append(result)
         self.num_calls += 1
+        if self._given is not None:
+            self.check_given(*self._given)
+            self._given = None
         self.compare_free(result[0])
         if self.num_calls % self.check_every == 0:
             self.recount()
