@@ -12,16 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pagedkv.testing.allocator_model import ModelSequence
 from pagedkv.testing.allocator_protocol import MakeAllocator
 from pagedkv.testing.allocator_trial import AllocatorTrial
+from pagedkv.testing.random_operations import SALT_PAIRS
 
 __all__ = ["AllocatorMachine"]
 
-SALTS = (b"", b"", b"", b"x")
 REPEAT_EVERY = 8
 BAD_NUMBERS = (-1, 1000, 2**63, 2**70)
 UNKNOWN = ("never opened", "", "\N{SNOWMAN}", 99, ())
 
 small = st.integers(0, 5)
 bits = st.integers(0, 1)
+tenants = st.sampled_from((0, 0, 0, 1))
 few_bits = st.lists(bits, min_size=1, max_size=4)
 
 
@@ -42,13 +43,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         block_size=st.sampled_from((2, 3, 2, 3, 4, 1)),
         num_host_blocks=st.sampled_from((4, 6, 3, 5, 2, 1, 0)),
         length=st.integers(1, 12),
+        salts=st.sampled_from(SALT_PAIRS),
     )
-    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, length: int) -> None:
+    def build(
+        self, num_blocks: int, block_size: int, num_host_blocks: int, length: int, salts: tuple[bytes, bytes]
+    ) -> None:
         """A fresh allocator with one sequence."""
+        self.salts = salts
         self.trial = AllocatorTrial(type(self).make_allocator, num_blocks, block_size, num_host_blocks)
         self.prompts: list[tuple[list[int], bytes]] = []
         self.num_crowds = 0
-        self.open_prompt(0, ([0] * 3 + [1] * 9)[:length], b"", is_computed=True)
+        self.open_prompt(0, ([0] * 3 + [1] * 9)[:length], salts[0], is_computed=True)
 
     # What rules are made of
 
@@ -98,19 +103,19 @@ class AllocatorMachine(RuleBasedStateMachine):
         stem=bits,
         cut=st.integers(0, 6),
         length=st.integers(1, 12),
-        salt=st.sampled_from(SALTS),
+        tenant=tenants,
         now=st.booleans(),
     )
-    def open_new(self, id_: int, stem: int, cut: int, length: int, salt: bytes, now: bool) -> None:
+    def open_new(self, id_: int, stem: int, cut: int, length: int, tenant: int, now: bool) -> None:
         """Runs of equal tokens share prefixes with each other."""
-        self.open_prompt(id_, ([stem] * cut + [1 - stem] * 12)[:length], salt, is_computed=now)
+        self.open_prompt(id_, ([stem] * cut + [1 - stem] * 12)[:length], self.salts[tenant], is_computed=now)
 
     @precondition(lambda self: self.prompts)
-    @rule(id_=small, number=small, more=st.lists(bits, max_size=2), salt=st.sampled_from((None, None, *SALTS)))
-    def open_again(self, id_: int, number: int, more: list[int], salt: bytes | None) -> None:
+    @rule(id_=small, number=small, more=st.lists(bits, max_size=2), tenant=st.sampled_from((None, None, 0, 1)))
+    def open_again(self, id_: int, number: int, more: list[int], tenant: int | None) -> None:
         """A prompt like one before, under the same salt or another."""
         tokens, own_salt = self.prompts[number % len(self.prompts)]
-        self.open_prompt(id_, tokens + more, own_salt if salt is None else salt, is_computed=True)
+        self.open_prompt(id_, tokens + more, own_salt if tenant is None else self.salts[tenant], is_computed=True)
 
     @precondition(lambda self: self.prompts)
     @rule(first=small, second=small, number=small, num_tokens=st.integers(0, 12))
@@ -146,10 +151,10 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.open_prompt(id_, [*tokens, 1], salt, is_computed=True)
 
     @precondition(lambda self: self.can("prefix_caching") and self.prompts)
-    @rule(number=small, more=st.lists(bits, max_size=2), salt=st.sampled_from(SALTS))
-    def lookup(self, number: int, more: list[int], salt: bytes) -> None:
+    @rule(number=small, more=st.lists(bits, max_size=2), tenant=tenants)
+    def lookup(self, number: int, more: list[int], tenant: int) -> None:
         """Ask, and change nothing."""
-        self.trial.lookup(self.prompts[number % len(self.prompts)][0] + more, salt)
+        self.trial.lookup(self.prompts[number % len(self.prompts)][0] + more, self.salts[tenant])
 
     @precondition(lambda self: self.can("prefix_caching") and self.live)
     @rule(num_closed=st.integers(1, 3), num_left_out=st.integers(0, 4))

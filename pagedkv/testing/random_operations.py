@@ -9,7 +9,7 @@ from typing import Any
 
 from pagedkv.testing.allocator_model import AllocatorModel, ModelSequence
 
-__all__ = ["Operation", "RandomOperations", "TrialSize", "random_size"]
+__all__ = ["SALT_PAIRS", "Operation", "RandomOperations", "TrialSize", "random_size"]
 
 Operation = tuple[Any, ...]
 """A trial's verb and its arguments, as plain values."""
@@ -17,7 +17,8 @@ TrialSize = tuple[int, int, int]
 """Blocks, tokens per block, host blocks."""
 
 IDS: tuple[Hashable, ...] = ("a", "b", "c", "d", "e")
-SALTS = (b"", b"", b"", b"x")
+SALT_PAIRS = ((b"", b"x"), (b"x", b"y"), (b"x", b"xx"), (b"x", b"x\0"), (b"x" * 63 + b"y", b"x" * 63 + b"z"))
+"""Two tenants: one without a salt; salts that differ in their first, second, a zero or their last possible byte."""
 BAD_NUMBERS = (-1, 0, 1000, 2**63, 2**70)
 MAX_LENGTH = 12
 NUM_REMEMBERED = 6
@@ -38,6 +39,8 @@ class RandomOperations:
         self.capabilities = model.capabilities
         self.prompts: list[tuple[list[int], bytes]] = []
         self.num_crowds = 0
+        usual, other = random.choice(SALT_PAIRS)
+        self.salts = (usual, usual, usual, other)
         always = (self.open_prompt, self.decode)
         weights = self._weights()
         self.kinds = [kind for kind in weights if kind in always or random.random() < 0.75]
@@ -96,10 +99,11 @@ class RandomOperations:
         if self.prompts and random.random() < 0.4:
             tokens, salt = random.choice(self.prompts)
             tokens = tokens + self._tokens(2) if random.random() < 0.5 else tokens
-            salt = random.choice(SALTS) if random.random() < 0.2 else salt
+            salt = random.choice(self.salts) if random.random() < 0.2 else salt
         else:
             stem, cut, length = random.randrange(2), random.randint(0, 6), random.randint(1, MAX_LENGTH)
-            tokens, salt = ([stem] * cut + [1 - stem] * MAX_LENGTH)[:length], random.choice(SALTS)
+            tokens = ([stem] * cut + [1 - stem] * MAX_LENGTH)[:length]
+            salt = random.choice(self.salts)
         self.prompts = [*self.prompts[1 - NUM_REMEMBERED :], (tokens, salt)]
         return tokens, salt
 

@@ -37,6 +37,26 @@ class SaltIsLeftOut(KnownBad):
         return b"", super().key(sequence, block_idx)[1]
 
 
+class SaltIsAYesOrNo(KnownBad):
+    """All tenants that have a salt share one cache."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return (b"salted" if salt else b""), tokens
+
+
+class SaltIsCutShort(KnownBad):
+    """Of a salt the last bytes are left out, so that long ones look alike."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt[:32], tokens
+
+
 class KeyForgetsThePrefix(KnownBad):
     """A block is named by its own tokens alone, so it is hit behind any prefix."""
 
@@ -212,6 +232,8 @@ PREFIXES: tuple[type[KnownBad], ...] = (
     NothingIsHit,
     WholePromptIsHit,
     SaltIsLeftOut,
+    SaltIsAYesOrNo,
+    SaltIsCutShort,
     KeyForgetsThePrefix,
     FourBitHash,
     NamedBeforeItIsFull,
