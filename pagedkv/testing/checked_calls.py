@@ -18,7 +18,7 @@ Call = tuple[Any, ...]
 OWN_CHECK_EVERY = 16
 """One recount in so many is followed by the allocator's own, which may cost more than all else together."""
 FRESH_TOKEN = 2**30
-"""No prompt of a test contains this token or a later one."""
+"""No prompt of a test contains this token or one of the next 2^30 - 1."""
 ANYTHING = (Exception, SystemExit)
 """What an allocator under test may raise; ctrl-C is the user's own."""
 MOST_SHOWN = 80

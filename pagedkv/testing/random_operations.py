@@ -1,4 +1,4 @@
-"""Random calls for an allocator trial, seeded: tiny pools, few ids, few tokens, so that collisions are the rule."""
+"""Random calls for an allocator trial, seeded: tiny pools, mostly, few ids, few tokens, so that collisions are the rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pagedkv.testing.allocator_model import AllocatorModel, ModelSequence
 
-__all__ = ["SALT_PAIRS", "Operation", "RandomOperations", "TrialSize", "random_size"]
+__all__ = ["ALPHABETS", "SALT_PAIRS", "Operation", "RandomOperations", "TrialSize", "large_size", "random_size"]
 
 Operation = tuple[Any, ...]
 """A trial's verb and its arguments, as plain values."""
@@ -19,6 +19,8 @@ TrialSize = tuple[int, int, int]
 IDS: tuple[Hashable, ...] = ("a", "b", "c", "d", "e")
 SALT_PAIRS = ((b"", b"x"), (b"x", b"y"), (b"x", b"xx"), (b"x", b"x\0"), (b"x" * 63 + b"y", b"x" * 63 + b"z"))
 """Two tenants: one without a salt; salts that differ in their first, second, a zero or their last possible byte."""
+ALPHABETS = ((0, 1), (0, 2**8), (0, 2**16), (0, 2**31 - 1))
+"""Two tokens that differ; those of most are equal where they are cut to 8, 16 or 31 bits, or taken modulo a prime."""
 BAD_NUMBERS = (-1, 0, 1000, 2**63, 2**70)
 MAX_LENGTH = 12
 NUM_REMEMBERED = 6
@@ -28,6 +30,11 @@ def random_size(random: Random) -> TrialSize:
     """1 to 10 blocks of 1 to 4 tokens, 0 to 6 host blocks."""
     num_blocks = random.choice((6, 8, 10, 3, 4, 5, 7, 9, 2, 1))
     return num_blocks, random.choice((2, 3, 2, 3, 4, 1)), random.choice((4, 6, 3, 5, 2, 1, 0))
+
+
+def large_size(random: Random) -> TrialSize:
+    """More blocks than eight bits can number, on both tiers."""
+    return random.randint(300, 400), random.choice((1, 2)), random.choice((300, 4))
 
 
 class RandomOperations:
@@ -40,6 +47,7 @@ class RandomOperations:
         self.prompts: list[tuple[list[int], bytes]] = []
         self.num_crowds = 0
         usual, other = random.choice(SALT_PAIRS)
+        self.alphabet = random.choice(ALPHABETS)
         self.salts = (usual, usual, usual, other)
         always = (self.open_prompt, self.decode)
         weights = self._weights()
@@ -91,7 +99,7 @@ class RandomOperations:
         return sequence.num_pending if sequence is not None else 1
 
     def _tokens(self, at_most: int) -> list[int]:
-        return [self.random.randrange(2) for _ in range(self.random.randint(1, at_most))]
+        return self.random.choices(self.alphabet, k=self.random.randint(1, at_most))
 
     def _prompt(self) -> tuple[list[int], bytes]:
         """A prompt like one before, or a new one of runs of equal tokens, which share prefixes with each other."""
@@ -101,8 +109,8 @@ class RandomOperations:
             tokens = tokens + self._tokens(2) if random.random() < 0.5 else tokens
             salt = random.choice(self.salts) if random.random() < 0.2 else salt
         else:
-            stem, cut, length = random.randrange(2), random.randint(0, 6), random.randint(1, MAX_LENGTH)
-            tokens = ([stem] * cut + [1 - stem] * MAX_LENGTH)[:length]
+            (stem, other), cut, length = random.sample(self.alphabet, 2), random.randint(0, 6), random.randint(1, MAX_LENGTH)
+            tokens = ([stem] * cut + [other] * MAX_LENGTH)[:length]
             salt = random.choice(self.salts)
         self.prompts = [*self.prompts[1 - NUM_REMEMBERED :], (tokens, salt)]
         return tokens, salt

@@ -57,6 +57,26 @@ class SaltIsCutShort(KnownBad):
         return salt[:32], tokens
 
 
+class TokensAreCutTo16Bits(KnownBad):
+    """Names hold the low halves of token ids, which two tokens of a large vocabulary share."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt, tuple(token % 2**16 for token in tokens)
+
+
+class TokensAreTakenModuloAPrime(KnownBad):
+    """Names hold remainders, as of a rolling hash that is never compared: the last token of 31 bits is as good as 0."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt, tuple(token % (2**31 - 1) for token in tokens)
+
+
 class KeyForgetsThePrefix(KnownBad):
     """A block is named by its own tokens alone, so it is hit behind any prefix."""
 
@@ -234,6 +254,8 @@ PREFIXES: tuple[type[KnownBad], ...] = (
     SaltIsLeftOut,
     SaltIsAYesOrNo,
     SaltIsCutShort,
+    TokensAreCutTo16Bits,
+    TokensAreTakenModuloAPrime,
     KeyForgetsThePrefix,
     FourBitHash,
     NamedBeforeItIsFull,
