@@ -33,7 +33,7 @@ class AllocatorTrial(CheckedCalls):
     def open(self, sequence_id: Hashable, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Open a sequence; the hit must be the one that the model predicts, and its blocks must hold the prompt."""
         model, caps = self.model, self.capabilities
-        call = ("open", sequence_id, list(token_ids))
+        call, salt = ("open", sequence_id, list(token_ids)), self._known_salt(salt)
         self.calls.append((*call, salt))
         if sequence_id in model.sequences or not token_ids:
             self.refuse(call, salt=salt)
@@ -75,7 +75,7 @@ class AllocatorTrial(CheckedCalls):
 
     def lookup(self, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Ask for the longest hit, which must change nothing."""
-        call = ("lookup", list(token_ids))
+        call, salt = ("lookup", list(token_ids)), self._known_salt(salt)
         self.calls.append((*call, salt))
         if not self.capabilities.prefix_caching or not token_ids:
             return
@@ -277,9 +277,12 @@ class AllocatorTrial(CheckedCalls):
 
     # What the verbs have in common
 
+    def _known_salt(self, salt: bytes) -> bytes:
+        """The salt, or none for an allocator that does not say what it does with one."""
+        return salt if self.capabilities.salts else b""
+
     def _new_sequence(self, token_ids: Sequence[int], salt: bytes) -> ModelSequence:
-        root = self.histories.root(salt if self.capabilities.salts else b"")
-        return ModelSequence(salt, list(token_ids), self.histories.walk(root, token_ids))
+        return ModelSequence(salt, list(token_ids), self.histories.walk(self.histories.root(salt), token_ids))
 
     def _on_device(self, sequence_id: Hashable) -> ModelSequence | None:
         sequence = self.model.sequences.get(sequence_id)

@@ -125,6 +125,20 @@ def test_a_list_of_tokens_that_is_used_up_is_told_at_once() -> None:
         trial_of(UsesUp).lookup([1])
 
 
+def test_an_allocator_without_salts_is_given_none() -> None:
+    class Unsalted(ReferenceAllocator):
+        capabilities = Capabilities(salts=False)
+
+    trial = trial_of(Unsalted)
+    for id_, salt in (("a", b""), ("b", b"x")):
+        trial.open(id_, [1, 2, 3], salt)
+        trial.append(id_, trial.model.sequences[id_].num_pending)
+    trial.lookup([1, 2, 3], b"y")
+
+    assert trial.allocator.sequences["b"].salt == b""
+    assert trial.log[-1] == ("lookup", 2)
+
+
 def test_no_tokens_take_nothing_and_succeed() -> None:
     trial = trial_of(ReferenceAllocator)
     trial.open("a", [1])
