@@ -95,6 +95,19 @@ class CheckedCalls:
             self.fail("I8", f"{shown(call)} raised {shown_error(error)}: expected success")
         return self.plain(call, answer) if call[0] in READERS else answer
 
+    def succeed_or_run_short(self, call: Call, **options: object) -> Any:
+        """Make a call of which only the allocator knows whether it has the blocks; return its result, None if it has not."""
+        before = self.snapshot()
+        try:
+            answer = self.make(call, options)
+        except self.capabilities.shortage:
+            self.unchanged(before, "I8", call, "ran short of blocks")
+            self.count((call[0], "short"))
+            return None
+        except ANYTHING as error:
+            self.fail("I8", f"{shown(call)} raised {shown_error(error)}, expected success or a shortage")
+        return self.plain(call, answer)
+
     def ask(self, verb: str, *arguments: Hashable) -> Any:
         """Ask something that must be answered between any two calls, and return the answer."""
         try:
