@@ -32,7 +32,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     """Rules for every verb, their wrong use, and the combinations in which bugs live.
 
     Subclass it, set `make_allocator`, and add rules that call `self.trial`; or let AllocatorTests do so. Pools have 1 to
-    10 blocks of 1 to 4 tokens, now and then 300. Hypothesis leaves a random part of the rules out of each example, so that the others crowd.
+    10 blocks of 1 to 4 tokens, now and then 300. Hypothesis leaves a random part of the rules out of each example, so that
+    the others crowd.
 
     `trial.model.sequences` holds what is live, so rules can pick from it; every verb of the trial takes any argument.
     """
@@ -127,7 +128,9 @@ class AllocatorMachine(RuleBasedStateMachine):
     def open_again(self, id_: int, number: int, more: list[int], tenant: int | None) -> None:
         """A prompt like one before, under the same salt or another."""
         tokens, own_salt = self.prompts[number % len(self.prompts)]
-        self.open_prompt(id_, tokens + self.spelt(more), own_salt if tenant is None else self.salts[tenant], is_computed=True)
+        self.open_prompt(
+            id_, tokens + self.spelt(more), own_salt if tenant is None else self.salts[tenant], is_computed=True
+        )
 
     @precondition(lambda self: self.prompts)
     @rule(first=small, second=small, number=small, num_tokens=st.integers(0, 12))

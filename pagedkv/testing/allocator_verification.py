@@ -19,7 +19,9 @@ __all__ = ["Failure", "Report", "replay", "verify"]
 CALLS_PER_TRIAL = 250
 LARGE_EVERY, CALLS_PER_LARGE_TRIAL = 40, 40
 """One trial in so many has a large pool, and fewer calls, since each of its recounts takes longer."""
-NOT_REPEATED = "Made again, these calls did not break it: the allocator's answers hang on chance, or on what other allocators did."
+NOT_REPEATED = (
+    "Made again, these calls did not break it: the allocator's answers hang on chance, or on what other allocators did."
+)
 REPEAT_EVERY = 50
 """One trial in so many is run a second time, and both runs must give the same results (I14)."""
 
@@ -82,7 +84,8 @@ def verify(
     """Run random calls until `num_operations` have been made or something is broken. O(operations).
 
     Calls come in trials of about 250 on a fresh, tiny allocator, and now and then of 40 on one of 300 to 400 blocks;
-    trial i depends on the seed and on i alone. With the defaults, all tables are recounted and all content is read back after every call.
+    trial i depends on the seed and on i alone. With the defaults, all tables are recounted and all content is read back
+    after every call.
     """
     digest = hashlib.sha256()
     num_made = trial_idx = 0

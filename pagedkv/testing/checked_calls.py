@@ -11,7 +11,7 @@ from pagedkv.testing.allocator_protocol import AllocatorProtocol, Capabilities, 
 from pagedkv.testing.answers import EXPECTED, READERS
 from pagedkv.testing.content_shadow import ContentShadow, Histories
 
-__all__ = ["FRESH_TOKEN", "CheckedCalls"]
+__all__ = ["ANYTHING", "FRESH_TOKEN", "Call", "CheckedCalls", "shown", "shown_error"]
 
 Call = tuple[Any, ...]
 """A verb's name and its arguments."""
@@ -87,9 +87,9 @@ class CheckedCalls:
             )
         except self.capabilities.mistakes as error:
             is_left = call[0] in ("open", "fork") and call[{"open": 1, "fork": 2}[call[0]]] in self.closed_ids
-            reason = ", which was closed before" if is_left else ""
+            reason = ", which was closed before," if is_left else ""
             self.fail(
-                "I10" if is_left else "I8", f"{shown(call)}{reason}, raised {shown_error(error)}: expected success"
+                "I10" if is_left else "I8", f"{shown(call)}{reason} raised {shown_error(error)}: expected success"
             )
         except ANYTHING as error:
             self.fail("I8", f"{shown(call)} raised {shown_error(error)}: expected success")

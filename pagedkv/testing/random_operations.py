@@ -109,7 +109,11 @@ class RandomOperations:
             tokens = tokens + self._tokens(2) if random.random() < 0.5 else tokens
             salt = random.choice(self.salts) if random.random() < 0.2 else salt
         else:
-            (stem, other), cut, length = random.sample(self.alphabet, 2), random.randint(0, 6), random.randint(1, MAX_LENGTH)
+            (stem, other), cut, length = (
+                random.sample(self.alphabet, 2),
+                random.randint(0, 6),
+                random.randint(1, MAX_LENGTH),
+            )
             tokens = ([stem] * cut + [other] * MAX_LENGTH)[:length]
             salt = random.choice(self.salts)
         self.prompts = [*self.prompts[1 - NUM_REMEMBERED :], (tokens, salt)]

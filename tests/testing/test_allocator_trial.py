@@ -9,6 +9,7 @@ from pagedkv.testing import AllocatorTrial, Capabilities, NewSlots, ReferenceAll
 from pagedkv.testing.content_shadow import ContentShadow, Histories
 from pagedkv.testing.shrinking import shrink
 from pagedkv.testing.zoo.atomicity import KeepsTheCallersList
+from pagedkv.testing.zoo.prefixes import SaltIsLeftOut
 
 
 def trial_of(kind: type[ReferenceAllocator], num_blocks: int = 4) -> AllocatorTrial:
@@ -137,6 +138,35 @@ def test_an_allocator_without_salts_is_given_none() -> None:
 
     assert trial.allocator.sequences["b"].salt == b""
     assert trial.log[-1] == ("lookup", 2)
+
+
+def test_a_hit_of_anothers_blocks_is_told_with_id_and_salt() -> None:
+    trial = trial_of(SaltIsLeftOut)
+    trial.open("a", [1, 2, 3], b"x")
+    trial.append("a", 3)
+
+    with pytest.raises(
+        InvariantViolation, match=r"I3: lookup\(\[1, 2, 3\], b'y'\) hit 2 tokens, no blocks hold more than 0"
+    ):
+        trial.lookup([1, 2, 3], b"y")
+    with pytest.raises(
+        InvariantViolation, match=r"I3: open\('b', \[1, 2, 3\], b'y'\) hit 2 tokens, no blocks hold more than"
+    ):
+        trial.open("b", [1, 2, 3], b"y")
+
+
+def test_a_refusal_that_was_not_due_is_told_without_a_stray_comma() -> None:
+    class Refuses(ReferenceAllocator):
+        def append(self, sequence_id, num_tokens):
+            raise InvalidArgumentError("no")
+
+    trial = trial_of(Refuses)
+    trial.open("a", [1])
+
+    with pytest.raises(
+        InvariantViolation, match=r"I8: append\('a', 1\) raised InvalidArgumentError\(no\): expected success"
+    ):
+        trial.append("a", 1)
 
 
 def test_no_tokens_take_nothing_and_succeed() -> None:
