@@ -148,7 +148,7 @@ class DuplicateTakesTheNameOver(KnownBad):
     """The last of two equal blocks is named, while the first still thinks that it is."""
 
     invariant = "I3"
-    consequences = ("I5", "I6", "I7")
+    consequences = ("I2", "I5", "I6", "I7")
 
     def name_full_blocks(self, sequence: ReferenceSequence, first: int) -> None:
         for block_idx in range(first, self.num_full_blocks(sequence)):
