@@ -117,7 +117,9 @@ class AllocatorTrial(FollowedCalls):
         if num_needed > model.num_free:
             self.run_short(call, num_needed, if_granted="I5" if model.must_copy(sequence) else "I1")
             return
-        num_most = num_needed + (num_tokens > 0 and model.may_copy(sequence) and not model.must_copy(sequence))
+        num_most = num_needed
+        if model.once_full and num_tokens > 0:
+            num_most += model.may_copy(sequence) and not model.must_copy(sequence)
         appended = self.succeed(call) if num_most <= model.num_free else self.succeed_or_run_short(call)
         if appended is None:
             return
