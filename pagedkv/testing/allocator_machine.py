@@ -12,16 +12,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pagedkv.testing.allocator_model import ModelSequence
 from pagedkv.testing.allocator_protocol import MakeAllocator
 from pagedkv.testing.allocator_trial import AllocatorTrial
+from pagedkv.testing.random_operations import ALPHABETS, SALT_PAIRS
 
 __all__ = ["AllocatorMachine"]
 
-SALTS = (b"", b"", b"", b"x")
+LARGE = 300
+"""More blocks than eight bits can number."""
 REPEAT_EVERY = 8
 BAD_NUMBERS = (-1, 1000, 2**63, 2**70)
 UNKNOWN = ("never opened", "", "\N{SNOWMAN}", 99, ())
 
 small = st.integers(0, 5)
 bits = st.integers(0, 1)
+tenants = st.sampled_from((0, 0, 0, 1))
 few_bits = st.lists(bits, min_size=1, max_size=4)
 
 
@@ -29,7 +32,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     """Rules for every verb, their wrong use, and the combinations in which bugs live.
 
     Subclass it, set `make_allocator`, and add rules that call `self.trial`; or let AllocatorTests do so. Pools have 1 to
-    10 blocks of 1 to 4 tokens. Hypothesis leaves a random part of the rules out of each example, so that the others crowd.
+    10 blocks of 1 to 4 tokens, now and then 300. Hypothesis leaves a random part of the rules out of each example, so that
+    the others crowd.
 
     `trial.model.sequences` holds what is live, so rules can pick from it; every verb of the trial takes any argument.
     """
@@ -38,17 +42,26 @@ class AllocatorMachine(RuleBasedStateMachine):
     trial: AllocatorTrial
 
     @initialize(
-        num_blocks=st.sampled_from((6, 8, 10, 3, 4, 5, 7, 9, 2, 1)),
+        num_blocks=st.sampled_from((6, 8, 10, 3, 4, 5, 7, 9, 2, 1, LARGE)),
         block_size=st.sampled_from((2, 3, 2, 3, 4, 1)),
         num_host_blocks=st.sampled_from((4, 6, 3, 5, 2, 1, 0)),
         length=st.integers(1, 12),
+        tenants=st.tuples(st.sampled_from(ALPHABETS), st.sampled_from(SALT_PAIRS)),
     )
-    def build(self, num_blocks: int, block_size: int, num_host_blocks: int, length: int) -> None:
+    def build(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int,
+        length: int,
+        tenants: tuple[tuple[int, int], tuple[bytes, bytes]],
+    ) -> None:
         """A fresh allocator with one sequence."""
+        self.alphabet, self.salts = tenants
         self.trial = AllocatorTrial(type(self).make_allocator, num_blocks, block_size, num_host_blocks)
         self.prompts: list[tuple[list[int], bytes]] = []
         self.num_crowds = 0
-        self.open_prompt(0, ([0] * 3 + [1] * 9)[:length], b"", is_computed=True)
+        self.open_prompt(0, self.spelt(([0] * 3 + [1] * 9)[:length]), self.salts[0], is_computed=True)
 
     # What rules are made of
 
@@ -60,6 +73,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def can(self, capability: str) -> bool:
         """Whether the allocator has a capability."""
         return bool(getattr(self.trial.capabilities, capability))
+
+    def spelt(self, bits: list[int]) -> list[int]:
+        """Bits as the two tokens of this example, which an allocator may confuse."""
+        return [self.alphabet[bit] for bit in bits]
 
     def pick(self, number: int) -> Hashable:
         """The id of a live sequence."""
@@ -98,19 +115,22 @@ class AllocatorMachine(RuleBasedStateMachine):
         stem=bits,
         cut=st.integers(0, 6),
         length=st.integers(1, 12),
-        salt=st.sampled_from(SALTS),
+        tenant=tenants,
         now=st.booleans(),
     )
-    def open_new(self, id_: int, stem: int, cut: int, length: int, salt: bytes, now: bool) -> None:
+    def open_new(self, id_: int, stem: int, cut: int, length: int, tenant: int, now: bool) -> None:
         """Runs of equal tokens share prefixes with each other."""
-        self.open_prompt(id_, ([stem] * cut + [1 - stem] * 12)[:length], salt, is_computed=now)
+        tokens = self.spelt(([stem] * cut + [1 - stem] * 12)[:length])
+        self.open_prompt(id_, tokens, self.salts[tenant], is_computed=now)
 
     @precondition(lambda self: self.prompts)
-    @rule(id_=small, number=small, more=st.lists(bits, max_size=2), salt=st.sampled_from((None, None, *SALTS)))
-    def open_again(self, id_: int, number: int, more: list[int], salt: bytes | None) -> None:
+    @rule(id_=small, number=small, more=st.lists(bits, max_size=2), tenant=st.sampled_from((None, None, 0, 1)))
+    def open_again(self, id_: int, number: int, more: list[int], tenant: int | None) -> None:
         """A prompt like one before, under the same salt or another."""
         tokens, own_salt = self.prompts[number % len(self.prompts)]
-        self.open_prompt(id_, tokens + more, own_salt if salt is None else salt, is_computed=True)
+        self.open_prompt(
+            id_, tokens + self.spelt(more), own_salt if tenant is None else self.salts[tenant], is_computed=True
+        )
 
     @precondition(lambda self: self.prompts)
     @rule(first=small, second=small, number=small, num_tokens=st.integers(0, 12))
@@ -146,10 +166,10 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.open_prompt(id_, [*tokens, 1], salt, is_computed=True)
 
     @precondition(lambda self: self.can("prefix_caching") and self.prompts)
-    @rule(number=small, more=st.lists(bits, max_size=2), salt=st.sampled_from(SALTS))
-    def lookup(self, number: int, more: list[int], salt: bytes) -> None:
+    @rule(number=small, more=st.lists(bits, max_size=2), tenant=tenants)
+    def lookup(self, number: int, more: list[int], tenant: int) -> None:
         """Ask, and change nothing."""
-        self.trial.lookup(self.prompts[number % len(self.prompts)][0] + more, salt)
+        self.trial.lookup(self.prompts[number % len(self.prompts)][0] + self.spelt(more), self.salts[tenant])
 
     @precondition(lambda self: self.can("prefix_caching") and self.live)
     @rule(num_closed=st.integers(1, 3), num_left_out=st.integers(0, 4))
@@ -176,7 +196,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(number=small, tokens=few_bits)
     def decode(self, number: int, tokens: list[int]) -> None:
         """More tokens."""
-        self.go_on(self.pick_on_device(number), tokens)
+        self.go_on(self.pick_on_device(number), self.spelt(tokens))
 
     @precondition(lambda self: self.can("chunked_prefill") and self.live)
     @rule(number=small, num_tokens=st.integers(0, 6))
@@ -217,7 +237,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         """Drop guessed tokens, and go on with others."""
         id_ = self.pick_on_device(number)
         self.trial.truncate(id_, max(1, len(self.live[id_].histories) - num_dropped))
-        self.go_on(id_, tokens)
+        self.go_on(id_, self.spelt(tokens))
 
     # Swapping
 

@@ -37,7 +37,10 @@ class ModelSequence:
 
 
 class AllocatorModel:
-    """Holders, names and the order of eviction of both pools, recounted from what was asked and what was answered."""
+    """Holders, names and the order of eviction of both pools, recounted from what was asked and what was answered.
+
+    Names, and with them the order of eviction, are followed only where the allocator promises exact hits.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int, capabilities: Capabilities) -> None:
         self.num_blocks = num_blocks
@@ -53,6 +56,8 @@ class AllocatorModel:
         self.name_of: dict[int, int] = {}
         self.parent_of: dict[int, int] = {}
         self.evictable: dict[int, None] = {}
+        # Where hits are not exact, which blocks have names is the allocator's secret: some of those that have been full.
+        self.once_full: set[int] = set()
 
     @property
     def num_free(self) -> int:
@@ -91,8 +96,14 @@ class AllocatorModel:
         tail = sequence.blocks[-1]
         return self.num_holders[tail] > 1 or tail in self.name_of
 
+    def may_copy(self, sequence: ModelSequence) -> bool:
+        """Whether the next token may change a block that the allocator has named, as far as the model can know. O(1)."""
+        return self.must_copy(sequence) or (
+            sequence.num_computed % self.block_size > 0 and sequence.blocks[-1] in self.once_full
+        )
+
     def num_needed(self, sequence: ModelSequence, num_tokens: int) -> int:
-        """Blocks that appending takes, copies included. O(1)."""
+        """Blocks that appending takes, copies included that must be made. O(1)."""
         growth = self.num_blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
         return growth + (num_tokens > 0 and self.must_copy(sequence))
 
@@ -119,9 +130,10 @@ class AllocatorModel:
 
         Raises InvariantViolation: I1 for blocks that somebody holds, I7 for cached blocks that had to stay.
         """
+        has_twins = len(set(blocks)) < len(blocks)
         for idx, block_id in enumerate(blocks):
             self._check_exists(block_id)
-            if self.num_holders[block_id] or block_id in blocks[:idx]:
+            if self.num_holders[block_id] or (has_twins and block_id in blocks[:idx]):
                 raise InvariantViolation(
                     "I1", f"block {block_id} was handed out, {self.holders_of(block_id)} held it: expected a free one"
                 )
@@ -133,6 +145,8 @@ class AllocatorModel:
         for block_id in blocks:
             self.num_holders[block_id] = 1
         self.num_held += len(blocks)
+        if self.once_full:
+            self.once_full.difference_update(blocks)
 
     def _check_exists(self, block_id: int) -> None:
         if not 0 <= block_id < self.num_blocks:
@@ -169,6 +183,9 @@ class AllocatorModel:
     def name_filled(self, sequence: ModelSequence, first: int) -> None:
         """Name the full blocks from `first` on, while the sequence's own chain is the named one. O(blocks)."""
         if not self.capabilities.prefix_caching:
+            return
+        if not self.capabilities.exact_hits:
+            self.once_full.update(sequence.blocks[first : sequence.num_computed // self.block_size])
             return
         for idx in range(first, sequence.num_computed // self.block_size):
             name, block_id = sequence.histories[(idx + 1) * self.block_size - 1], sequence.blocks[idx]

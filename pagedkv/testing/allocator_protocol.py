@@ -35,7 +35,8 @@ class Capabilities:
     takes all blocks of the prompt, and `append` one token at a time.
     `recomputes_last_token`: a hit leaves at least one token of the prompt to compute.
     `exact_hits`: hits are predicted to the token: whatever was computed and not yet evicted is hit, and of two equal
-    blocks the first computed is shared. Without it, a hit must only be sound: its blocks hold the prompt's content.
+    blocks the first computed is shared. Without it, a hit must only be sound: its blocks hold the prompt's content; any full
+    block may have a name or none, and be copied before it is changed or not; and no order of eviction is held.
     `eviction`: "lru" takes free blocks first, then cached ones, longest unused first and the deepest of a sequence
     before the others; "leaf" any cached block that no cached block continues; "any" promises nothing.
     `checks_ids`: unknown and duplicate ids and numbers out of range are refused with an error in `mistakes`. A second

@@ -115,7 +115,7 @@ class AllocatorTests:
 
     # Sizes
 
-    @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
+    @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 300])
     @pytest.mark.parametrize("block_size", [1, 2, 4])
     def test_a_pool_can_be_filled_to_its_last_slot_and_no_further(self, num_blocks: int, block_size: int) -> None:
         trial = self.trial(num_blocks, block_size)

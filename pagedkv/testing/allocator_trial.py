@@ -11,15 +11,15 @@ from typing import Any
 
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.testing.allocator_model import ModelSequence
-from pagedkv.testing.checked_calls import ANYTHING, FRESH_TOKEN, CheckedCalls, shown, shown_error
+from pagedkv.testing.checked_calls import FRESH_TOKEN, Call
+from pagedkv.testing.followed_calls import FollowedCalls
 
 __all__ = ["AllocatorTrial"]
 
-Pair = tuple[int, int]
 VERBS = ("open", "extend", "append", "fork", "truncate", "close", "swap_out", "swap_in", "lookup", "finish")
 
 
-class AllocatorTrial(CheckedCalls):
+class AllocatorTrial(FollowedCalls):
     """Calls verbs, compares results with the model's, and raises InvariantViolation naming what was broken.
 
     `check_every`: after how many calls every table is recounted; `read_every`: after how many the content of every live
@@ -32,9 +32,9 @@ class AllocatorTrial(CheckedCalls):
 
     def open(self, sequence_id: Hashable, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Open a sequence; the hit must be the one that the model predicts, and its blocks must hold the prompt."""
-        self.calls.append(("open", sequence_id, token_ids, salt))
         model, caps = self.model, self.capabilities
-        call = ("open", sequence_id, token_ids)
+        call, salt = ("open", sequence_id, list(token_ids)), self._known_salt(salt)
+        self.calls.append((*call, salt))
         if sequence_id in model.sequences or not token_ids:
             self.refuse(call, salt=salt)
             return
@@ -44,7 +44,7 @@ class AllocatorTrial(CheckedCalls):
             self._open_whole(call, sequence, salt)
             return
         num_hit = self.succeed(call, salt=salt)
-        self._check_hit("open", num_hit, sequence, expected)
+        self._check_hit((*call, salt), num_hit, sequence, expected)
         blocks = self.table(sequence_id)
         if caps.exact_hits and blocks != expected:
             self.fail("I3", f"open({sequence_id!r}) holds blocks {blocks}, expected {expected}, which have its content")
@@ -68,31 +68,36 @@ class AllocatorTrial(CheckedCalls):
         model.host_held -= set(sequence.host_blocks or ())
         self.closed_ids.add(sequence_id)
         self._check_forgotten(sequence_id)
+        given = self._prompts_given.pop(sequence_id, None)
+        if given is not None:
+            self.check_given(*given)
         self.count(("close",))
 
     def lookup(self, token_ids: Sequence[int], salt: bytes = b"") -> None:
         """Ask for the longest hit, which must change nothing."""
-        self.calls.append(("lookup", token_ids, salt))
+        call, salt = ("lookup", list(token_ids)), self._known_salt(salt)
+        self.calls.append((*call, salt))
         if not self.capabilities.prefix_caching or not token_ids:
             return
         sequence = self._new_sequence(token_ids, salt)
         before = self.snapshot()
-        num_hit = self.succeed(("lookup", token_ids), salt=salt)
-        self.unchanged(before, "I8", ("lookup", token_ids), "returned")
+        num_hit = self.succeed(call, salt=salt)
+        self.unchanged(before, "I8", call, "returned")
         expected = self.model.resident(sequence.histories, self.model.longest_hit(sequence.histories))
-        self._check_hit("lookup", num_hit, sequence, expected)
+        self._check_hit((*call, salt), num_hit, sequence, expected)
         self.count(("lookup", num_hit))
 
     # Growing, sharing, shrinking
 
     def extend(self, sequence_id: Hashable, token_ids: Sequence[int]) -> None:
         """Make more tokens known."""
-        self.calls.append(("extend", sequence_id, token_ids))
+        call = ("extend", sequence_id, list(token_ids))
+        self.calls.append(call)
         sequence = self.model.sequences.get(sequence_id)
         if sequence is None:
-            self.refuse(("extend", sequence_id, token_ids))
+            self.refuse(call)
             return
-        self.succeed(("extend", sequence_id, token_ids))
+        self.succeed(call)
         last = sequence.histories[-1]
         sequence.tokens += token_ids
         sequence.histories += self.histories.walk(last, token_ids)
@@ -112,7 +117,13 @@ class AllocatorTrial(CheckedCalls):
         if num_needed > model.num_free:
             self.run_short(call, num_needed, if_granted="I5" if model.must_copy(sequence) else "I1")
             return
-        slots, copies = self.succeed(call)
+        num_most = num_needed
+        if model.once_full and num_tokens > 0:
+            num_most += model.may_copy(sequence) and not model.must_copy(sequence)
+        appended = self.succeed(call) if num_most <= model.num_free else self.succeed_or_run_short(call)
+        if appended is None:
+            return
+        slots, copies = appended
         self._follow_append(sequence_id, sequence, num_tokens, (slots, copies))
         self.count(("append", tuple(slots), tuple(copies)))
 
@@ -184,20 +195,30 @@ class AllocatorTrial(CheckedCalls):
 
     def swap_in(self, sequence_id: Hashable) -> None:
         """Bring a sequence back: blocks that are still cached are taken, and only the others are copied."""
-        self.calls.append(("swap_in", sequence_id))
+        call = ("swap_in", sequence_id)
+        self.calls.append(call)
         if not self.capabilities.swapping:
             return
         model, sequence = self.model, self.model.sequences.get(sequence_id)
         if sequence is None or sequence.host_blocks is None:
-            self.refuse(("swap_in", sequence_id))
+            self.refuse(call)
             return
-        num_blocks = len(sequence.host_blocks)
+        num_blocks = num_most = len(sequence.host_blocks)
         hits = model.resident(sequence.histories, sequence.num_computed)
-        num_needed = num_blocks - len(hits) + sum(block_id in model.evictable for block_id in hits)
-        if num_needed > model.num_free:
-            self.run_short(("swap_in", sequence_id), num_needed, invariant="I6")
+        if self.capabilities.exact_hits:
+            num_least = num_most = num_blocks - len(hits) + sum(block_id in model.evictable for block_id in hits)
+        elif self.capabilities.prefix_caching:
+            num_least = (
+                num_blocks - self.content.num_found(sequence.histories, sequence.num_computed) // model.block_size
+            )
+        else:
+            num_least = num_blocks
+        if num_least > model.num_free:
+            self.run_short(call, num_least, invariant="I6")
             return
-        copies = self.succeed(("swap_in", sequence_id))
+        copies = (self.succeed if num_most <= model.num_free else self.succeed_or_run_short)(call)
+        if copies is None:
+            return
         blocks = self.table(sequence_id)
         if len(set(blocks)) < len(blocks):
             self.fail(
@@ -272,43 +293,14 @@ class AllocatorTrial(CheckedCalls):
 
     # What the verbs have in common
 
+    def _known_salt(self, salt: bytes) -> bytes:
+        """The salt, or none for an allocator that does not say what it does with one."""
+        return salt if self.capabilities.salts else b""
+
     def _new_sequence(self, token_ids: Sequence[int], salt: bytes) -> ModelSequence:
-        root = self.histories.root(salt if self.capabilities.salts else b"")
-        return ModelSequence(salt, list(token_ids), self.histories.walk(root, token_ids))
+        return ModelSequence(salt, list(token_ids), self.histories.walk(self.histories.root(salt), token_ids))
 
-    def _on_device(self, sequence_id: Hashable) -> ModelSequence | None:
-        sequence = self.model.sequences.get(sequence_id)
-        return sequence if sequence is not None and sequence.host_blocks is None else None
-
-    def _check_forgotten(self, sequence_id: Hashable) -> None:
-        """Nothing of a closed sequence may be left."""
-        call = ("block_table", sequence_id)
-        try:
-            answer = self.allocator.block_table(sequence_id)
-        except self.capabilities.mistakes:
-            return
-        except ANYTHING as error:
-            self.fail(
-                "I8", f"{shown(call)} raised {shown_error(error)}, expected the refusal of a mistake or no blocks"
-            )
-        blocks = self.plain(call, answer)
-        if blocks:
-            self.fail("I10", f"{sequence_id!r} was closed and still has a table: {blocks}")
-
-    def _check_hit(self, verb: str, num_hit: int, sequence: ModelSequence, expected: list[int]) -> None:
-        """A hit is whole blocks, holds the prompt's own content, and is as long as the model says."""
-        size, most = self.model.block_size, self.model.longest_hit(sequence.histories)
-        if num_hit % size or not 0 <= num_hit <= most:
-            self.fail("I3", f"{verb} hit {num_hit} tokens, expected whole blocks of {size}, at most {most} tokens")
-        num_written = self.content.num_found(sequence.histories, num_hit)
-        if num_written < num_hit:
-            self.fail(
-                "I3", f"{verb} hit {num_hit} tokens, no blocks hold more than {num_written} of them under this salt"
-            )
-        if self.capabilities.exact_hits and num_hit != len(expected) * size:
-            self.fail("I3", f"{verb} hit {num_hit} tokens, expected {len(expected) * size}: blocks {expected}")
-
-    def _open_whole(self, call: tuple[Hashable, ...], sequence: ModelSequence, salt: bytes) -> None:
+    def _open_whole(self, call: Call, sequence: ModelSequence, salt: bytes) -> None:
         """Open a sequence that takes all blocks of its prompt at once; hits may spare it some of them."""
         model, size = self.model, self.model.block_size
         num_tokens = len(sequence.histories)
@@ -317,20 +309,11 @@ class AllocatorTrial(CheckedCalls):
         if num_least > model.num_free:
             self.run_short(call, num_least, salt=salt)
             return
-        if num_most > model.num_free:  # Whether it must succeed depends on hits that only the allocator knows.
-            before = self.snapshot()
-            try:
-                answer = self.allocator.open(call[1], call[2], salt=salt)  # type: ignore[arg-type]
-            except self.capabilities.shortage:
-                self.unchanged(before, "I8", call, "ran short of blocks")
-                self.count(("open", "short"))
-                return
-            except ANYTHING as error:
-                self.fail("I8", f"{shown(call)} raised {shown_error(error)}, expected success or a shortage")
-            num_hit = self.plain(call, answer)
-        else:
-            num_hit = self.succeed(call, salt=salt)
-        self._check_hit("open", num_hit, sequence, model.resident(sequence.histories, min(num_hit, num_tokens)))
+        # Between the two, whether it must succeed depends on hits that only the allocator knows.
+        num_hit = (self.succeed if num_most <= model.num_free else self.succeed_or_run_short)(call, salt=salt)
+        if num_hit is None:
+            return
+        self._check_hit((*call, salt), num_hit, sequence, model.resident(sequence.histories, min(num_hit, num_tokens)))
         blocks = self.table(call[1])
         if len(blocks) != num_most:
             self.fail("I1", f"open({call[1]!r}) holds blocks {blocks}, expected {num_most} of them")
@@ -340,66 +323,3 @@ class AllocatorTrial(CheckedCalls):
         self._adopt(call[1], sequence, blocks, num_hit)
         self._write(sequence, num_hit, num_tokens)
         self.count(("open", num_hit, tuple(blocks)))
-
-    def _adopt(self, sequence_id: Hashable, sequence: ModelSequence, blocks: list[int], num_hit: int) -> None:
-        """Enter a sequence whose first tokens were hit; the blocks must hold them."""
-        self.model.sequences[sequence_id] = sequence
-        sequence.blocks, sequence.num_computed = blocks, num_hit
-        position = self.content.first_difference(
-            blocks[: num_hit // self.model.block_size], sequence.histories, num_hit, on_host=False
-        )
-        if position is not None:
-            self.fail("I3", f"open({sequence_id!r}) hit blocks {blocks}, token {position} there is another's")
-        self._count_named(sequence)
-
-    def _count_named(self, sequence: ModelSequence) -> None:
-        """Count the leading blocks that are the ones which the prefix cache names."""
-        model, size = self.model, self.model.block_size
-        sequence.num_named = 0
-        for idx in range(sequence.num_computed // size):
-            if model.block_of.get(sequence.histories[(idx + 1) * size - 1]) != sequence.blocks[idx]:
-                return
-            sequence.num_named = idx + 1
-
-    def _follow_append(
-        self, sequence_id: Hashable, sequence: ModelSequence, num_tokens: int, appended: tuple[list[int], list[Pair]]
-    ) -> None:
-        """Compare table, copies and slots with what must be, carry the copies out, and write."""
-        model, size = self.model, self.model.block_size
-        slots, copies = appended
-        start, stop = sequence.num_computed, sequence.num_computed + num_tokens
-        old, new = sequence.blocks, self.table(sequence_id)
-        num_old = len(old)
-        copied = num_tokens > 0 and model.must_copy(sequence)
-        kept = old[:-1] if copied else old
-        num_blocks = max(num_old, model.num_blocks_for(stop))
-        expected_copies = [(old[-1], new[num_old - 1])] if copied and len(new) >= num_old else []
-        if copies != expected_copies or (copied and new[num_old - 1] == old[-1]):
-            wanted = f"a copy of block {old[-1]} to a fresh one: it is shared or cached" if copied else "none"
-            self.fail(
-                "I5", f"append({sequence_id!r}, {num_tokens}) copies {copies} with table {new}, expected {wanted}"
-            )
-        if new[: len(kept)] != kept or len(new) != num_blocks:
-            self.fail(
-                "I1",
-                f"append({sequence_id!r}, {num_tokens}) turned table {old} into {new}, expected {num_blocks} blocks",
-            )
-        model.take(new[len(kept) :])
-        if copied:
-            model.let_go(old[-1:])
-        sequence.blocks = new
-        self.content.copy(self.content.device, self.content.device, copies)
-        expected_slots = [new[i // size] * size + i % size for i in range(start, stop)]
-        if slots != expected_slots:
-            self.fail(
-                "I4", f"append({sequence_id!r}, {num_tokens}) gave slots {slots}, table {new} says {expected_slots}"
-            )
-        self._write(sequence, start, stop)
-
-    def _write(self, sequence: ModelSequence, start: int, stop: int) -> None:
-        """Write tokens through the table, and name the blocks that became full."""
-        size, device, histories = self.model.block_size, self.content.device, sequence.histories
-        for position in range(start, stop):
-            device[sequence.blocks[position // size]][position % size] = histories[position]
-        sequence.num_computed = stop
-        self.model.name_filled(sequence, start // size)

@@ -11,14 +11,14 @@ from pagedkv.testing.allocator_protocol import AllocatorProtocol, Capabilities, 
 from pagedkv.testing.answers import EXPECTED, READERS
 from pagedkv.testing.content_shadow import ContentShadow, Histories
 
-__all__ = ["FRESH_TOKEN", "CheckedCalls"]
+__all__ = ["ANYTHING", "FRESH_TOKEN", "Call", "CheckedCalls", "shown", "shown_error"]
 
 Call = tuple[Any, ...]
 """A verb's name and its arguments."""
 OWN_CHECK_EVERY = 16
 """One recount in so many is followed by the allocator's own, which may cost more than all else together."""
 FRESH_TOKEN = 2**30
-"""No prompt of a test contains this token or a later one."""
+"""No prompt of a test contains this token or one of the next 2^30 - 1."""
 ANYTHING = (Exception, SystemExit)
 """What an allocator under test may raise; ctrl-C is the user's own."""
 MOST_SHOWN = 80
@@ -59,15 +59,27 @@ class CheckedCalls:
         self.log: list[object] = []
         self.calls: list[Call] = []
         self.closed_ids: set[Hashable] = set()
+        # The last list of tokens that was handed over, and those that open sequences began with: they stay the caller's.
+        self._given: tuple[Call, list[Any]] | None = None
+        self._prompts_given: dict[Hashable, tuple[Call, list[Any]] | None] = {}
         self._own_check = getattr(self.allocator, "check", None)
         self._shows_state = hasattr(self.allocator, "state")
 
     # How a call ends
 
+    def make(self, call: Call, options: dict[str, Any]) -> Any:
+        """Make a call with a list of its own, so that the trial's lists are out of the allocator's reach."""
+        verb, tokens = getattr(self.allocator, call[0]), call[-1]
+        if type(tokens) is not list:
+            return verb(*call[1:], **options)
+        given = tokens[:]
+        self._given = (call, given)
+        return verb(*call[1:-1], given, **options)
+
     def succeed(self, call: Call, **options: object) -> Any:
         """Make a call that must succeed, and return its result."""
         try:
-            answer = getattr(self.allocator, call[0])(*call[1:], **options)
+            answer = self.make(call, options)
         except self.capabilities.shortage as error:
             self.fail(
                 "I2",
@@ -75,13 +87,26 @@ class CheckedCalls:
             )
         except self.capabilities.mistakes as error:
             is_left = call[0] in ("open", "fork") and call[{"open": 1, "fork": 2}[call[0]]] in self.closed_ids
-            reason = ", which was closed before" if is_left else ""
+            reason = ", which was closed before," if is_left else ""
             self.fail(
-                "I10" if is_left else "I8", f"{shown(call)}{reason}, raised {shown_error(error)}: expected success"
+                "I10" if is_left else "I8", f"{shown(call)}{reason} raised {shown_error(error)}: expected success"
             )
         except ANYTHING as error:
             self.fail("I8", f"{shown(call)} raised {shown_error(error)}: expected success")
         return self.plain(call, answer) if call[0] in READERS else answer
+
+    def succeed_or_run_short(self, call: Call, **options: object) -> Any:
+        """Make a call of which only the allocator knows whether it has the blocks; return its result, None if it has not."""
+        before = self.snapshot()
+        try:
+            answer = self.make(call, options)
+        except self.capabilities.shortage:
+            self.unchanged(before, "I8", call, "ran short of blocks")
+            self.count((call[0], "short"))
+            return None
+        except ANYTHING as error:
+            self.fail("I8", f"{shown(call)} raised {shown_error(error)}, expected success or a shortage")
+        return self.plain(call, answer)
 
     def ask(self, verb: str, *arguments: Hashable) -> Any:
         """Ask something that must be answered between any two calls, and return the answer."""
@@ -118,7 +143,7 @@ class CheckedCalls:
         before = self.snapshot()
         reason = f"{num_needed} blocks are needed" + (", more than there are" if never_fits else ", fewer are free")
         try:
-            found = getattr(self.allocator, call[0])(*call[1:], **options)
+            found = self.make(call, options)
         except caps.shortage:
             self.unchanged(before, invariant, call, "ran short of blocks")
             self.count((call[0], "short"))
@@ -138,7 +163,7 @@ class CheckedCalls:
             return
         before = self.snapshot()
         try:
-            getattr(self.allocator, call[0])(*call[1:], **options)
+            self.make(call, options)
         except self.capabilities.mistakes:
             self.unchanged(before, invariant, call, "was refused")
             self.count((call[0], "refused"))
@@ -152,6 +177,11 @@ class CheckedCalls:
         raise InvariantViolation(invariant, message) from None
 
     # What nothing may change
+
+    def check_given(self, call: Call, given: list[Any]) -> None:
+        """A list of tokens is the caller's, and stays as it was. O(tokens)."""
+        if given != call[-1]:
+            self.fail("I8", f"{shown(call)} changed its argument: it has become {given}")
 
     def snapshot(self) -> object:
         """The numbers of free blocks; where a recount is due, the allocator's own state if it shows that."""
@@ -177,6 +207,9 @@ class CheckedCalls:
         """Note the result; compare free blocks, and every so often all tables and all content."""
         self.log.append(result)
         self.num_calls += 1
+        if self._given is not None:
+            self.check_given(*self._given)
+            self._given = None
         self.compare_free(result[0])
         if self.num_calls % self.check_every == 0:
             self.recount()

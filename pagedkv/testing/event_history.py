@@ -17,6 +17,7 @@ class SampleHistory:
     num_swapped_tokens: int = 0
     moved_after: int = 0
     """Failed steps before it was last admitted or preempted."""
+    admitted_step: int = 0
 
 
 @dataclass(slots=True)
@@ -33,11 +34,15 @@ class LiveRequest:
     num_ended: int = 0
     num_counted_seats: int = 0
     """What the checker has counted for it."""
+    first_step: int = 0
+    """In which it was first admitted."""
     samples: dict[int, SampleHistory] = field(default_factory=lambda: {0: SampleHistory()})
 
     def sample(self, sample_idx: int) -> SampleHistory:
-        """The history of one sample; another than the first begins to run when it is first named."""
-        return self.samples.setdefault(sample_idx, SampleHistory("running", self.num_prompt))
+        """The history of one sample; another than the first begins to run when it is first named, some steps after it did."""
+        if sample_idx not in self.samples:
+            self.samples[sample_idx] = SampleHistory("running", self.num_prompt, admitted_step=self.first_step)
+        return self.samples[sample_idx]
 
     @property
     def num_seats(self) -> int:
@@ -49,6 +54,10 @@ class LiveRequest:
         first = self.samples[0]
         is_certain = first.state == "finished" or (first.state == "running" and first.num_preemptions == 0)
         return named + (unnamed if is_certain else 0)
+
+    def surely_holds(self, failed_steps: int) -> bool:
+        """Whether some sample was seated after so many failed steps in all: one seated before may hold nothing. O(samples)."""
+        return any(sample.state == "running" and sample.moved_after == failed_steps for sample in self.samples.values())
 
     def may_be(self, state: str, failed_steps: int) -> bool:
         """Whether some sample may be in this state, after so many failed steps in all. O(samples)."""

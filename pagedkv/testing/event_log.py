@@ -8,49 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagedkv.errors import InvalidArgumentError, InvariantViolation
+from pagedkv.testing.event_fields import COUNTS, checked_kind
 from pagedkv.testing.event_history import LiveRequest, SampleHistory
 
 __all__ = ["EventLogChecker", "EventLogSummary", "check_event_log"]
-
-# Event -> its fields, each with the types that JSON may bring.
-NUMBER = (int, float)
-FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "added": {"time": NUMBER, "request_id": str, "num_prompt_tokens": int, "max_new_tokens": int},
-    "refused": {"time": NUMBER, "request_id": str, "reason": str},
-    "deferred": {"time": NUMBER, "step": int, "request_id": str, "reason": str},
-    "admitted": {
-        "time": NUMBER,
-        "step": int,
-        "request_id": str,
-        "sample_idx": int,
-        "mode": str,
-        "num_known_tokens": int,
-        "num_hit_tokens": int,
-        "num_used_blocks": int,
-    },
-    "preempted": {
-        "time": NUMBER,
-        "step": int,
-        "request_id": str,
-        "sample_idx": int,
-        "mode": str,
-        "num_computed_tokens": int,
-        "num_used_before": int,
-        "num_used_after": int,
-        "num_needed_blocks": int,
-    },
-    "finished": {
-        "time": NUMBER,
-        "step": int,
-        "request_id": str,
-        "sample_idx": int,
-        "reason": str,
-        "num_output_tokens": int,
-        "num_preemptions": int,
-    },
-    "aborted": {"time": NUMBER, "request_id": str, "state": str},
-    "stepfailed": {"time": NUMBER, "step": int, "num_rows": int, "reason": str},
-}
 
 
 @dataclass(slots=True)
@@ -89,6 +50,8 @@ class EventLogChecker:
     `max_num_running`, `num_blocks` and `max_preemptions` are the scheduler's limits, if known; the last holds where nobody
     else uses the same memory, and may be set to None while somebody does. `is_from_start=False` takes a log that was
     cut at its beginning: requests that were added before it are not known, and what it says of them is not held against it.
+    `max_tokens_per_step` is 1 for a scheduler without drafts, one more than the most drafts for one with them, None where
+    that is not known. Steps are held to their order, times are not: clocks may jump.
     """
 
     def __init__(
@@ -98,11 +61,13 @@ class EventLogChecker:
         num_blocks: int | None = None,
         max_preemptions: int | None = None,
         is_from_start: bool = True,
+        max_tokens_per_step: int | None = 1,
     ) -> None:
         self.max_preemptions = max_preemptions
         self._max_num_running = max_num_running
         self._num_blocks = num_blocks
         self._is_from_start = is_from_start
+        self._max_tokens_per_step = max_tokens_per_step
         self._live: dict[str, LiveRequest] = {}
         self._num_seats = 0
         self._last_step = 0
@@ -128,15 +93,9 @@ class EventLogChecker:
     def take(self, record: Mapping[str, Any]) -> None:
         """Take one event as a mapping. Raises InvariantViolation with the number of the event. O(1)."""
         self.summary.num_events += 1
-        kind = record.get("event")
-        fields = FIELDS.get(kind) if isinstance(kind, str) else None
-        where = f"event {self.summary.num_events}"
-        if fields is None or not isinstance(kind, str):
-            raise InvalidArgumentError(f"{where}: expected one of {', '.join(FIELDS)}, found {str(kind)[:60]!r}")
-        for name, types in fields.items():
-            value = record.get(name)
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise InvalidArgumentError(f"{where}: expected {name} in {kind!r}, found {str(value)[:60]!r}")
+        kind = checked_kind(record, self.summary.num_events)
+        for name in COUNTS[kind]:
+            self._require("I16", record[name] >= 0, record, f"tells of {name}={record[name]}")
         self._take_step(record)
         getattr(self, f"_take_{kind}")(record)
 
@@ -152,6 +111,7 @@ class EventLogChecker:
     def _take_added(self, record: Mapping[str, Any]) -> None:
         request_id, num_samples = record["request_id"], record.get("num_samples", 1)
         self._require("I9", request_id not in self._live, record, "was added while it is live")
+        self._require("I16", num_samples > 0, record, f"consists of {num_samples} samples")
         num_new = record["max_new_tokens"]
         # A request that wants no token never forks.
         self._live[request_id] = LiveRequest(record["num_prompt_tokens"], num_new, num_samples if num_new else 1)
@@ -190,7 +150,9 @@ class EventLogChecker:
         most = least if sample.num_preemptions == 0 else request.num_prompt + max(request.max_new_tokens - 1, 0)
         self._require("I15", least <= known <= most, record, f"has {known} known tokens, not {least} to {most}")
         sample.num_known = known
-        sample.state = "running"
+        sample.state, sample.admitted_step = "running", record["step"]
+        if sample.num_preemptions == 0:
+            request.first_step = record["step"]
         sample.moved_after = self._failed_steps
         self._count_seats(request, record)
 
@@ -223,6 +185,10 @@ class EventLogChecker:
         sample.moved_after = self._failed_steps
         sample.num_swapped_tokens = computed
         self._count_seats(request, record)
+        if after == 0:
+            others = (other for other in self._live.values() if other is not request)
+            is_empty = not any(other.surely_holds(self._failed_steps) for other in others)
+            self._require("I16", is_empty, record, "left others running in a pool of which nothing is used")
 
     def _take_finished(self, record: Mapping[str, Any]) -> None:
         request, summary = self._request(record), self.summary
@@ -236,6 +202,7 @@ class EventLogChecker:
         is_length = record["reason"] == "length"
         fits = found == request.max_new_tokens if is_length else 0 < found <= request.max_new_tokens
         self._require("I15", fits, record, f"has {found} of {request.max_new_tokens} tokens ({record['reason']})")
+        self._check_pace(request.num_prompt + found - sample.num_known, sample, record)
         self._require(
             "I16",
             preempted == sample.num_preemptions,
@@ -314,6 +281,13 @@ class EventLogChecker:
             kept = sample.num_swapped_tokens
             self._require("I6", hit == kept, record, f"came back with {hit} tokens, swapped out with {kept}")
 
+    def _check_pace(self, num_tokens: int, sample: SampleHistory, record: Mapping[str, Any]) -> None:
+        """So many tokens cannot come in fewer steps, since the one in which the sample was admitted."""
+        most, num_steps = self._max_tokens_per_step, record["step"] - sample.admitted_step + 1
+        if most is not None:
+            fits = num_tokens <= num_steps * most
+            self._require("I15", fits, record, f"got {num_tokens} tokens in {num_steps} steps, at most {most} in each")
+
     def _count_seats(self, request: LiveRequest, record: Mapping[str, Any]) -> None:
         """The request has more or fewer seats than it had before this event."""
         num_seats = request.num_seats
@@ -326,7 +300,6 @@ class EventLogChecker:
 
     def _check_usage(self, record: Mapping[str, Any], num_used: int) -> None:
         most = self._num_blocks
-        self._require("I16", num_used >= 0, record, f"tells of {num_used} blocks in use")
         if most is not None:
             self._require("I16", num_used <= most, record, f"tells of {num_used} blocks in use, there are {most}")
 
@@ -345,13 +318,15 @@ def check_event_log(
     max_num_running: int | None = None,
     num_blocks: int | None = None,
     max_preemptions: int | None = None,
+    max_tokens_per_step: int | None = 1,
     is_from_start: bool = True,
     is_complete: bool = False,
 ) -> EventLogSummary:
     """Hold the JSON lines of an EventLog against each other; returns what they tell. O(lines), memory for live requests.
 
     Raises InvariantViolation with the id of the invariant and the number of the first event that contradicts those before
-    it, InvalidArgumentError for a line that is no event. `is_complete`: the system is empty at the end.
+    it, InvalidArgumentError for a line that is no event. `is_complete`: the system is empty at the end; the other arguments
+    are those of EventLogChecker.
 
     >>> log = ['{"event":"added","time":0,"request_id":"a","num_prompt_tokens":4,"max_new_tokens":1}']
     >>> check_event_log(log).live
@@ -362,6 +337,7 @@ def check_event_log(
         num_blocks=num_blocks,
         max_preemptions=max_preemptions,
         is_from_start=is_from_start,
+        max_tokens_per_step=max_tokens_per_step,
     )
     for line in lines:
         checker.take_line(line)

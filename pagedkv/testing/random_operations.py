@@ -1,4 +1,4 @@
-"""Random calls for an allocator trial, seeded: tiny pools, few ids, few tokens, so that collisions are the rule."""
+"""Random calls for an allocator trial, seeded: tiny pools, mostly, few ids, few tokens, so that collisions are the rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pagedkv.testing.allocator_model import AllocatorModel, ModelSequence
 
-__all__ = ["Operation", "RandomOperations", "TrialSize", "random_size"]
+__all__ = ["ALPHABETS", "SALT_PAIRS", "Operation", "RandomOperations", "TrialSize", "large_size", "random_size"]
 
 Operation = tuple[Any, ...]
 """A trial's verb and its arguments, as plain values."""
@@ -17,7 +17,10 @@ TrialSize = tuple[int, int, int]
 """Blocks, tokens per block, host blocks."""
 
 IDS: tuple[Hashable, ...] = ("a", "b", "c", "d", "e")
-SALTS = (b"", b"", b"", b"x")
+SALT_PAIRS = ((b"", b"x"), (b"x", b"y"), (b"x", b"xx"), (b"x", b"x\0"), (b"x" * 63 + b"y", b"x" * 63 + b"z"))
+"""Two tenants: one without a salt; salts that differ in their first, second, a zero or their last possible byte."""
+ALPHABETS = ((0, 1), (0, 2**8), (0, 2**16), (0, 2**31 - 1))
+"""Two tokens that differ; those of most are equal where they are cut to 8, 16 or 31 bits, or taken modulo a prime."""
 BAD_NUMBERS = (-1, 0, 1000, 2**63, 2**70)
 MAX_LENGTH = 12
 NUM_REMEMBERED = 6
@@ -29,6 +32,11 @@ def random_size(random: Random) -> TrialSize:
     return num_blocks, random.choice((2, 3, 2, 3, 4, 1)), random.choice((4, 6, 3, 5, 2, 1, 0))
 
 
+def large_size(random: Random) -> TrialSize:
+    """More blocks than eight bits can number, on both tiers."""
+    return random.randint(300, 400), random.choice((1, 2)), random.choice((300, 4))
+
+
 class RandomOperations:
     """Draws calls from what is live now. Each source leaves out some kinds of calls, so that the others crowd."""
 
@@ -38,6 +46,9 @@ class RandomOperations:
         self.capabilities = model.capabilities
         self.prompts: list[tuple[list[int], bytes]] = []
         self.num_crowds = 0
+        usual, other = random.choice(SALT_PAIRS)
+        self.alphabet = random.choice(ALPHABETS)
+        self.salts = (usual, usual, usual, other)
         always = (self.open_prompt, self.decode)
         weights = self._weights()
         self.kinds = [kind for kind in weights if kind in always or random.random() < 0.75]
@@ -88,7 +99,7 @@ class RandomOperations:
         return sequence.num_pending if sequence is not None else 1
 
     def _tokens(self, at_most: int) -> list[int]:
-        return [self.random.randrange(2) for _ in range(self.random.randint(1, at_most))]
+        return self.random.choices(self.alphabet, k=self.random.randint(1, at_most))
 
     def _prompt(self) -> tuple[list[int], bytes]:
         """A prompt like one before, or a new one of runs of equal tokens, which share prefixes with each other."""
@@ -96,10 +107,15 @@ class RandomOperations:
         if self.prompts and random.random() < 0.4:
             tokens, salt = random.choice(self.prompts)
             tokens = tokens + self._tokens(2) if random.random() < 0.5 else tokens
-            salt = random.choice(SALTS) if random.random() < 0.2 else salt
+            salt = random.choice(self.salts) if random.random() < 0.2 else salt
         else:
-            stem, cut, length = random.randrange(2), random.randint(0, 6), random.randint(1, MAX_LENGTH)
-            tokens, salt = ([stem] * cut + [1 - stem] * MAX_LENGTH)[:length], random.choice(SALTS)
+            (stem, other), cut, length = (
+                random.sample(self.alphabet, 2),
+                random.randint(0, 6),
+                random.randint(1, MAX_LENGTH),
+            )
+            tokens = ([stem] * cut + [other] * MAX_LENGTH)[:length]
+            salt = random.choice(self.salts)
         self.prompts = [*self.prompts[1 - NUM_REMEMBERED :], (tokens, salt)]
         return tokens, salt
 

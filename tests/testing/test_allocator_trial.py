@@ -8,6 +8,8 @@ from pagedkv import ConfigError, InvalidArgumentError, InvariantViolation
 from pagedkv.testing import AllocatorTrial, Capabilities, NewSlots, ReferenceAllocator
 from pagedkv.testing.content_shadow import ContentShadow, Histories
 from pagedkv.testing.shrinking import shrink
+from pagedkv.testing.zoo.atomicity import KeepsTheCallersList
+from pagedkv.testing.zoo.prefixes import SaltIsLeftOut
 
 
 def trial_of(kind: type[ReferenceAllocator], num_blocks: int = 4) -> AllocatorTrial:
@@ -99,6 +101,72 @@ def test_counting_held_blocks_as_free_is_i2_and_handing_them_out_is_i1() -> None
 
     with pytest.raises(InvariantViolation, match=r"I1: 4 device blocks .* hands out blocks that tables name"):
         trial.extend("a", [2])
+
+
+def test_a_list_of_tokens_that_is_kept_and_changed_is_told_and_spoils_no_record() -> None:
+    trial = trial_of(KeepsTheCallersList)
+    prompt = [1, 2]
+    trial.open("a", prompt)
+    trial.extend("a", [3])
+
+    with pytest.raises(InvariantViolation, match=r"I8: open\('a', \[1, 2\]\) changed its argument: .* \[1, 2, 3\]"):
+        trial.close("a")
+    assert prompt == [1, 2]
+    assert trial.calls[0] == ("open", "a", [1, 2], b"")
+
+
+def test_a_list_of_tokens_that_is_used_up_is_told_at_once() -> None:
+    class UsesUp(ReferenceAllocator):
+        def lookup(self, token_ids, *, salt=b""):
+            found = super().lookup(token_ids, salt=salt)
+            token_ids.clear()
+            return found
+
+    with pytest.raises(InvariantViolation, match=r"I8: lookup\(\[1\]\) changed its argument: it has become \[\]"):
+        trial_of(UsesUp).lookup([1])
+
+
+def test_an_allocator_without_salts_is_given_none() -> None:
+    class Unsalted(ReferenceAllocator):
+        capabilities = Capabilities(salts=False)
+
+    trial = trial_of(Unsalted)
+    for id_, salt in (("a", b""), ("b", b"x")):
+        trial.open(id_, [1, 2, 3], salt)
+        trial.append(id_, trial.model.sequences[id_].num_pending)
+    trial.lookup([1, 2, 3], b"y")
+
+    assert trial.allocator.sequences["b"].salt == b""
+    assert trial.log[-1] == ("lookup", 2)
+
+
+def test_a_hit_of_anothers_blocks_is_told_with_id_and_salt() -> None:
+    trial = trial_of(SaltIsLeftOut)
+    trial.open("a", [1, 2, 3], b"x")
+    trial.append("a", 3)
+
+    with pytest.raises(
+        InvariantViolation, match=r"I3: lookup\(\[1, 2, 3\], b'y'\) hit 2 tokens, no blocks hold more than 0"
+    ):
+        trial.lookup([1, 2, 3], b"y")
+    with pytest.raises(
+        InvariantViolation, match=r"I3: open\('b', \[1, 2, 3\], b'y'\) hit 2 tokens, no blocks hold more than"
+    ):
+        trial.open("b", [1, 2, 3], b"y")
+
+
+def test_a_refusal_that_was_not_due_is_told_without_a_stray_comma() -> None:
+    class Refuses(ReferenceAllocator):
+        def append(self, sequence_id, num_tokens):
+            raise InvalidArgumentError("no")
+
+    trial = trial_of(Refuses)
+    trial.open("a", [1])
+
+    with pytest.raises(
+        InvariantViolation, match=r"I8: append\('a', 1\) raised InvalidArgumentError\(no\): expected success"
+    ):
+        trial.append("a", 1)
 
 
 def test_no_tokens_take_nothing_and_succeed() -> None:

@@ -101,6 +101,15 @@ def move_back_in_time(records: Records) -> None:
     records[first(records, "finished")]["step"] = 0
 
 
+def finish_at_once(records: Records) -> None:
+    """All tokens of the last request in the step in which it was admitted."""
+    admitted = records[max(i for i, record in enumerate(records) if record["event"] == "admitted")]
+    finished = records[first(records, "finished", request_id=admitted["request_id"])]
+    finished["step"] = admitted["step"]
+    records.remove(finished)
+    records.insert(records.index(admitted) + 1, finished)
+
+
 CORRUPTIONS: dict[str, tuple[str, Callable[[Records], object]]] = {
     "an id is added twice": ("I9", repeat("added")),
     "a live id is refused": (
@@ -153,6 +162,12 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Records], object]]] = {
         ].update(mode="new"),
     ),
     "preemptions are miscounted": ("I16", change("finished", num_preemptions=9)),
+    "a preemption needs less than nothing": ("I16", change("preempted", num_needed_blocks=-7)),
+    "a prompt is negative": ("I16", change("added", num_prompt_tokens=-4)),
+    "an answer is to be negative": ("I16", change("added", max_new_tokens=-1)),
+    "a request has no samples": ("I16", change("added", num_samples=0)),
+    "nothing is used while others run": ("I16", change("preempted", num_used_after=0)),
+    "an answer comes in the step of admission": ("I15", finish_at_once),
     "an answer is too long": ("I15", change("finished", num_output_tokens=99)),
     "an answer is too short": ("I15", change("finished", num_output_tokens=1)),
     "a step comes after a later one": ("I14", move_back_in_time),
@@ -197,12 +212,44 @@ def test_more_tokens_come_back_than_went_to_the_host() -> None:
 @pytest.mark.parametrize(
     "line",
     ["", "nonsense", "[1]", "[" * 100_000, "{}", '{"event":"exploded"}', '{"event":["added"]}', '{"event":"added","time":0}',
-     '{"event":"refused","time":true,"request_id":"a","reason":""}'],
-    ids=["empty", "no JSON", "list", "deep", "nothing", "unknown", "unhashable", "fields missing", "boolean"],
+     '{"event":"refused","time":true,"request_id":"a","reason":""}',
+     '{"event":"refused","time":NaN,"request_id":"a","reason":""}',
+     '{"event":"refused","time":-Infinity,"request_id":"a","reason":""}',
+     '{"event":"aborted","time":0,"request_id":"a","state":"finished"}',
+     '{"event":"added","time":0,"request_id":"a","num_prompt_tokens":4,"max_new_tokens":1,"num_samples":"x"}'],
+    ids=["empty", "no JSON", "list", "deep", "nothing", "unknown", "unhashable", "fields missing", "boolean", "NaN", "infinite",
+         "unknown state", "samples"],
 )  # fmt: skip
 def test_a_line_that_is_no_event_is_an_error_with_its_number(line: str) -> None:
     with pytest.raises(InvalidArgumentError, match="event 1"):
         check_event_log([line])
+
+
+@pytest.mark.parametrize(
+    ("event", "field", "known"),
+    [
+        ("finished", "reason", "length, stop"),
+        ("preempted", "mode", "recompute, swap"),
+        ("admitted", "mode", "new, recomp"),
+    ],
+)
+def test_a_word_that_no_scheduler_uses_is_an_error(log: list[str], event: str, field: str, known: str) -> None:
+    records = [json.loads(line) for line in log]
+    records[first(records, event)][field] = "teleported"
+
+    with pytest.raises(InvalidArgumentError, match=f"{field} of '{event}' is 'teleported', expected one of {known}"):
+        check_event_log(map(json.dumps, records))
+
+
+def test_several_tokens_in_a_step_are_held_to_the_number_of_drafts(log: list[str]) -> None:
+    records = [json.loads(line) for line in log]
+    finish_at_once(records)
+    num_tokens = 5
+
+    check_event_log(map(json.dumps, records), max_tokens_per_step=num_tokens)
+    check_event_log(map(json.dumps, records), max_tokens_per_step=None)
+    with pytest.raises(InvariantViolation, match=r"I15.* tokens in 1 steps, at most 1 in each"):
+        check_event_log(map(json.dumps, records))
 
 
 def test_a_reused_id_is_a_new_request() -> None:

@@ -92,7 +92,8 @@ def test_the_nth_allocation_fails_for_every_n(point: str, num_host_blocks: int) 
         service.faults.arm(point, nth)
         num_failures = service.run()
         assert num_failures == (0 if point == "names" else 1)
-        check_event_log(service.log.getvalue().splitlines(), max_num_running=5, num_blocks=12, is_complete=True)
+        lines = service.log.getvalue().splitlines()
+        check_event_log(lines, max_num_running=5, num_blocks=12, max_tokens_per_step=3, is_complete=True)
 
 
 class RaisingVictim:

@@ -126,6 +126,25 @@ def test_the_script_of_a_failure_that_does_not_repeat_compares_two_runs() -> Non
     assert failure.script("m:f").splitlines()[-1] == "trial.compare(again)"
 
 
+def test_a_failure_that_does_not_come_again_is_told_as_such() -> None:
+    made: list[ReferenceAllocator] = []
+
+    class FailsOnce(ReferenceAllocator):
+        def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+            super().__init__(num_blocks, block_size, num_host_blocks)
+            made.append(self)
+
+        def num_free(self) -> int:
+            return super().num_free() + (len(made) == 1 and len(self.sequences) > 2)
+
+    failure = verify(FailsOnce).failure
+
+    assert failure is not None
+    assert not failure.is_repeated
+    assert len(failure.operations) == failure.num_operations_found
+    assert "\n# Made again, these calls did not break it: " in failure.script("m:f")
+
+
 def test_a_failure_is_shrunk_to_a_few_calls() -> None:
     failure = verify(CopiesBeyondTwoHolders).failure
 

@@ -60,7 +60,11 @@ class World(FaultyService):
         self.rng = rng
         self.faults: FaultSource = NoFaults() if faults is None else faults
         self.log = LogFile(
-            EventLogChecker(max_num_running=service.scheduler.max_num_running, num_blocks=service.cache.num_blocks)
+            EventLogChecker(
+                max_num_running=service.scheduler.max_num_running,
+                num_blocks=service.cache.num_blocks,
+                max_tokens_per_step=1 if service.accuracy is None else None,
+            )
         )
         super().__init__(service, EventLog(cast("TextIO", self.log)), factory)
         self.engine = ShadowEngine(self.scheduler)

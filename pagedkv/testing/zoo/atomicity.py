@@ -114,6 +114,18 @@ class RefusedForkHolds(KnownBad):
         super().fork(source_id, sequence_id)
 
 
+class KeepsTheCallersList(KnownBad):
+    """The prompt is kept as it was handed over, so that what is known later is added to the caller's own list."""
+
+    invariant = "I8"
+
+    def open(self, sequence_id: Hashable, token_ids: Sequence[int], *, salt: bytes = b"") -> int:
+        num_hit = super().open(sequence_id, token_ids, salt=salt)
+        if isinstance(token_ids, list):
+            self.sequences[sequence_id].tokens = token_ids
+        return num_hit
+
+
 ATOMICITY: tuple[type[KnownBad], ...] = (
     ShortAppendTakesWhatThereIs,
     ShortAppendEvicts,
@@ -124,4 +136,5 @@ ATOMICITY: tuple[type[KnownBad], ...] = (
     NegativeAppend,
     AppendBeyondTheKnown,
     RefusedForkHolds,
+    KeepsTheCallersList,
 )

@@ -36,6 +36,16 @@ class HandsOutABlockTwice(KnownBad):
         return taken
 
 
+class TablesOfEightBits(KnownBad):
+    """Block ids in tables are cut to a byte: fine, as long as the pool has no more than 256 blocks."""
+
+    invariant = "I1"
+    consequences = ("I3", "I4")
+
+    def block_table(self, sequence_id: Hashable) -> Sequence[int]:
+        return [block_id % 256 for block_id in super().block_table(sequence_id)]
+
+
 class TruncatingFreesThePartialBlock(KnownBad):
     """Rounds the wrong way: a truncation into the middle of a block frees that block, too."""
 
@@ -241,6 +251,7 @@ class SlotsGoToTheFirstBlock(KnownBad):
 BLOCKS: tuple[type[KnownBad], ...] = (
     ExactFitIsRefused,
     HandsOutABlockTwice,
+    TablesOfEightBits,
     TruncatingFreesThePartialBlock,
     TruncatingFreesNothing,
     FreeListGrows,

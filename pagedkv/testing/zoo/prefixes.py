@@ -37,6 +37,46 @@ class SaltIsLeftOut(KnownBad):
         return b"", super().key(sequence, block_idx)[1]
 
 
+class SaltIsAYesOrNo(KnownBad):
+    """All tenants that have a salt share one cache."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return (b"salted" if salt else b""), tokens
+
+
+class SaltIsCutShort(KnownBad):
+    """Of a salt the last bytes are left out, so that long ones look alike."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt[:32], tokens
+
+
+class TokensAreCutTo16Bits(KnownBad):
+    """Names hold the low halves of token ids, which two tokens of a large vocabulary share."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt, tuple(token % 2**16 for token in tokens)
+
+
+class TokensAreTakenModuloAPrime(KnownBad):
+    """Names hold remainders, as of a rolling hash that is never compared: the last token of 31 bits is as good as 0."""
+
+    invariant = "I3"
+
+    def key(self, sequence: ReferenceSequence, block_idx: int) -> Key:
+        salt, tokens = super().key(sequence, block_idx)
+        return salt, tuple(token % (2**31 - 1) for token in tokens)
+
+
 class KeyForgetsThePrefix(KnownBad):
     """A block is named by its own tokens alone, so it is hit behind any prefix."""
 
@@ -108,7 +148,7 @@ class DuplicateTakesTheNameOver(KnownBad):
     """The last of two equal blocks is named, while the first still thinks that it is."""
 
     invariant = "I3"
-    consequences = ("I5", "I6", "I7")
+    consequences = ("I2", "I5", "I6", "I7")
 
     def name_full_blocks(self, sequence: ReferenceSequence, first: int) -> None:
         for block_idx in range(first, self.num_full_blocks(sequence)):
@@ -212,6 +252,10 @@ PREFIXES: tuple[type[KnownBad], ...] = (
     NothingIsHit,
     WholePromptIsHit,
     SaltIsLeftOut,
+    SaltIsAYesOrNo,
+    SaltIsCutShort,
+    TokensAreCutTo16Bits,
+    TokensAreTakenModuloAPrime,
     KeyForgetsThePrefix,
     FourBitHash,
     NamedBeforeItIsFull,
