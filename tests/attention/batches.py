@@ -47,7 +47,7 @@ class Batch(Described):
     int4_groups: groups of channels of keys and of values
     layout:      how the caches lie, see `_cache_bases`
     query_scale: standard deviation of the query; 4 makes softmax peaked
-    has_unwritten_drafts: whether drafts that no query sees are poisoned too
+    has_unwritten_drafts: whether some drafts are seen by no query, and poisoned
     out:         "new", "given", or "strided" for a given one with gaps
     """
 
@@ -326,6 +326,8 @@ def _tree_mask(batch: Batch, rng: np.random.Generator) -> np.ndarray:
     for num_queries, _ in batch.lens:
         own = np.arange(num_queries)
         bits[start + own, own] = rng.random(num_queries) < 0.9
+        if batch.has_unwritten_drafts:
+            bits[start + own[:, None], own[rng.random(num_queries) < 0.3]] = False
         start += num_queries
     packed = np.packbits(bits, axis=1, bitorder="little")
     return np.ascontiguousarray(packed).view("<i4").reshape(batch.num_tokens, num_words)

@@ -92,7 +92,6 @@ def attend_task(
         block_id = int(call.block_tables[seq_idx, column])
         keys = numbers(call.key_cache, call.k_scale, block_id)
         values = numbers(call.value_cache, call.v_scale, block_id)
-        values = torch.where(is_inside[:, None, None], values, 0)
         scores = torch.einsum("qhgd,khd->qhgk", query, keys)
         if call.softcap > 0:
             scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -113,6 +112,7 @@ def attend_task(
             bits = call.tree_mask[first:end][:, word_idx] >> (among % 32)
             visible &= (among < 0) | ((bits & 1) == 1)
         scores = torch.where(visible[:, None, None], scores, -torch.inf)
+        values = torch.where(visible.any(0)[:, None, None], values, 0)
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         base = torch.where(new_highest == -torch.inf, 0, new_highest)
         weights, decay = torch.exp(scores - base), torch.exp(highest - base)

@@ -71,7 +71,8 @@ def _one_sequence(batch: Batch, seq_idx: int, start: int, num_queries: int, leng
     sinks = tensors["sinks"] if batch.has_sinks else torch.full((batch.num_q_heads,), -torch.inf)
     scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(-1, num_queries, 1)), -1)
     weights = torch.softmax(scores, -1)[..., :-1].nan_to_num(0)
-    out = weights @ values.transpose(0, 1)
+    # A value that nobody sees may be NaN, which a weight of zero does not keep out.
+    out = weights @ values.masked_fill(is_hidden.all(0)[:, None, None], 0).transpose(0, 1)
     return out.transpose(0, 1), torch.logsumexp(scores, -1).transpose(0, 1)
 
 

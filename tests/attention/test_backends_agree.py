@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from agreement import PARTITIONS, check, check_call, check_random_batches, check_refusal, divided
 from batches import Batch
 from caches import DTYPES, FORMATS
 from kernel_model import KernelModel
+from random_batches import random_batch
 from torch import Tensor
 from writes import Write, random_write
 
@@ -81,6 +84,22 @@ def test_a_batch_cut_into_many_splits_agrees_with_float64(backend: str, device: 
 @pytest.mark.parametrize(("backend", "device"), TASK_READERS)
 def test_many_batches_cut_into_many_splits_agree_with_float64(backend: str, device: str) -> None:
     random_splits_agree(backend, device, many(backend, device))
+
+
+# Triton's interpreter warns of numbers that it computes and throws away; test_triton_attention.py has a batch of its own.
+@pytest.mark.parametrize(("backend", "device"), [reader for reader in ALL_READERS if reader[0] != "triton"])
+def test_drafts_that_nobody_sees_may_hold_anything(backend: str, device: str) -> None:
+    for seed in range(12):
+        batch = random_batch(seed)
+        trees = {
+            "window": None,
+            "causal": True,
+            "has_alibi": False,
+            "has_tree_mask": True,
+            "has_unwritten_drafts": True,
+        }
+        batch = dataclasses.replace(batch, lens=(*batch.lens, (5, 50), (33, 170)), **trees)
+        check_call(batch, backend, device, is_planned=seed % 2 == 1)
 
 
 @pytest.mark.parametrize(("backend", "device"), READERS)

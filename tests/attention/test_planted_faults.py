@@ -51,7 +51,7 @@ FAULTS = {
         "codes = cache[block_id]",
         "codes = cache.as_strided(cache.shape, torch.empty(cache.shape).stride())[block_id]",
     ),
-    "unused values are multiplied by zero": ("torch.where(is_inside[:, None, None], values, 0)", "values"),
+    "unused values are multiplied by zero": ("torch.where(visible.any(0)[:, None, None], values, 0)", "values"),
     "unused scores are added to": (
         "torch.where(visible[:, None, None], scores, -torch.inf)",
         "scores + torch.where(visible[:, None, None], 0, -torch.inf)",
