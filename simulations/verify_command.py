@@ -116,10 +116,12 @@ def _as_count(text: str) -> int:
 
 def _print_failure(factory: str, report: Report, failure: Failure) -> None:
     typer.echo(f"{failure.invariant} is broken: {failure.message}")
-    typer.echo(
-        f"found after {report.num_operations:,} operations (seed {report.seed}, trial {failure.trial_idx}), shrunk from "
-        f"{failure.num_operations_found} calls to {len(failure.operations)}; this script repeats it:\n"
-    )
+    told = f"found after {report.num_operations:,} operations (seed {report.seed}, trial {failure.trial_idx})"
+    if failure.is_repeated:
+        num_found, num_left = failure.num_operations_found, len(failure.operations)
+        typer.echo(f"{told}, shrunk from {num_found} calls to {num_left}; this script repeats it:\n")
+    else:
+        typer.echo(f"{told}; this script makes the same {len(failure.operations)} calls:\n")
     typer.echo(failure.script(factory))
 
 
@@ -136,6 +138,7 @@ def _as_json(factory: str, report: Report, seconds: float, command: str) -> dict
             "num_host_blocks": failure.size[2],
             "calls": [called(operation) for operation in failure.operations],
             "num_calls_before_shrinking": failure.num_operations_found,
+            "is_repeated": failure.is_repeated,
             "script": failure.script(factory),
             "command": command,
         }

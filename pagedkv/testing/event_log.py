@@ -50,8 +50,8 @@ class EventLogChecker:
     `max_num_running`, `num_blocks` and `max_preemptions` are the scheduler's limits, if known; the last holds where nobody
     else uses the same memory, and may be set to None while somebody does. `is_from_start=False` takes a log that was
     cut at its beginning: requests that were added before it are not known, and what it says of them is not held against it.
-    `max_tokens_per_step` is 1 for a scheduler without drafts, one more than the most drafts for one with them, None where
-    that is not known. Steps are held to their order, times are not: clocks may jump.
+    `max_tokens_per_step` is 1 for a scheduler without drafts, and one more than the most drafts for one with them; None, where
+    that is not known, lets any number of tokens come in a step. Steps are held to their order, times are not: clocks may jump.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class EventLogChecker:
         num_blocks: int | None = None,
         max_preemptions: int | None = None,
         is_from_start: bool = True,
-        max_tokens_per_step: int | None = 1,
+        max_tokens_per_step: int | None = None,
     ) -> None:
         self.max_preemptions = max_preemptions
         self._max_num_running = max_num_running
@@ -318,7 +318,7 @@ def check_event_log(
     max_num_running: int | None = None,
     num_blocks: int | None = None,
     max_preemptions: int | None = None,
-    max_tokens_per_step: int | None = 1,
+    max_tokens_per_step: int | None = None,
     is_from_start: bool = True,
     is_complete: bool = False,
 ) -> EventLogSummary:
