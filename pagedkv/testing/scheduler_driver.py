@@ -15,7 +15,7 @@ from pagedkv.errors import InvariantViolation, PagedKVError
 from pagedkv.scheduler import Event, EventLog, EventSink, Request, Scheduler, SchedulerConfig, StepPlan, steps_to_serve
 from pagedkv.scheduler.events import Admitted, Preempted
 from pagedkv.testing.event_log import EventLogSummary, check_event_log
-from pagedkv.testing.scheduler_shadow import Answer, ShadowEngine, answers_to
+from pagedkv.testing.scheduler_shadow import Answer, ShadowEngine, answers_to, root_state
 
 __all__ = ["Drive", "MakeScheduler", "Scenario"]
 
@@ -125,6 +125,7 @@ class Drive:
         self.require("I12", fits, f"{renamed.request_id!r} can never fit, and was taken")
         if fits:
             self.answers[renamed.request_id] = answers_to(renamed)
+            self.engine.roots[renamed.request_id] = root_state(renamed)
             self.came_as[renamed.request_id] = len(self.came_as)
             self.num_passed[renamed.request_id] = 0
 

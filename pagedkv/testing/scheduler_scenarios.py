@@ -50,6 +50,14 @@ def _stream() -> Arrivals:
     )
 
 
+def _tenants() -> Arrivals:
+    """Two tenants, and one who shares with nobody, with the same prompts: each may hit its own blocks, and no other's."""
+    prompts = [[5] * 9, [5] * 13, [6] * 8 + [7]]
+    return [
+        (i, Request(f"r{i}", prompts[i // 3 % 3], 6, salt=(b"tenant x", b"tenant y", b"")[i % 3])) for i in range(18)
+    ]
+
+
 def scheduler_scenarios() -> list[Scenario]:
     """All of them; the same in every run. Each takes some hundredths of a second with pagedkv's own scheduler."""
     overload = _requests(3, 14, prompt=(1, 30), new=(4, 30), every=0)
@@ -84,6 +92,7 @@ def scheduler_scenarios() -> list[Scenario]:
             CacheConfig(24, 4),
             tuple(_requests(5, 14, prompt=(1, 9), new=(1, 20), shared=13)),
         ),
+        Scenario("two tenants", SchedulerConfig(32, 4, watermark=0), CacheConfig(24, 4, 24), tuple(_tenants())),
         Scenario(
             "several samples",
             SchedulerConfig(32, 8),

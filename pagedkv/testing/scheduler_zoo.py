@@ -133,6 +133,14 @@ class DropsWhatNeverFits(Scheduler):
             return
 
 
+class ForgetsSalts(Scheduler):
+    """All requests are taken for one tenant's."""
+
+    def add(self, request: Request, now: float) -> None:
+        """Add the same request without its salt."""
+        super().add(dataclasses.replace(request, salt=b""), now)
+
+
 class RefusesExactFit(Scheduler):
     """A request that needs all the blocks is refused."""
 
@@ -285,6 +293,7 @@ KNOWN_BAD_SCHEDULERS: dict[str, KnownBadScheduler] = {
     ),
     "tokens are computed twice": KnownBadScheduler("I15", _plain(ComputesTwice)),
     "tokens are skipped": KnownBadScheduler("I15", _plain(SkipsTokens)),
+    "salts are forgotten": KnownBadScheduler("I15", _plain(ForgetsSalts)),
     "preemptions are counted wrongly": KnownBadScheduler("I16", _plain(CountsPreemptionsWrongly)),
     "resumed requests count as new": KnownBadScheduler("I16", _plain(CountsResumedAsNew)),
     "counters fall": KnownBadScheduler(
