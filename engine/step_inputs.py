@@ -12,7 +12,7 @@ from torch import Tensor
 from pagedkv.arrays import Int32s, Int64s
 from pagedkv.attention import AttentionPlan, order_by_prefix, shared_with_previous
 from pagedkv.attention import plan as plan_attention
-from pagedkv.engine.device.transfers import staged
+from pagedkv.engine.transfers import staged
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["StepInputs"]

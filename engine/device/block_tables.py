@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.arrays import Int32s, Int64s, Rows, packed_runs
-from pagedkv.engine.device.transfers import sent
+from pagedkv.engine.transfers import sent
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["DeviceBlockTables"]

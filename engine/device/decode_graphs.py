@@ -16,8 +16,8 @@ from torch import Tensor
 from pagedkv.arrays import cdiv
 from pagedkv.engine.device.block_tables import DeviceBlockTables
 from pagedkv.engine.device.decode_step import DecodeStep
-from pagedkv.engine.device.transfers import sent
 from pagedkv.engine.model import PagedModel
+from pagedkv.engine.transfers import sent
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["DecodeGraphs", "GraphCapture", "bucket_sizes"]

@@ -12,8 +12,8 @@ from pagedkv.arrays import cdiv
 from pagedkv.attention import AttentionPlan
 from pagedkv.attention import plan as plan_attention
 from pagedkv.engine.device.block_tables import DeviceBlockTables
-from pagedkv.engine.device.transfers import staged
 from pagedkv.engine.step_inputs import PlanKind, StepInputs, Window
+from pagedkv.engine.transfers import staged
 from pagedkv.scheduler import StepPlan
 
 __all__ = ["DecodeStep"]
