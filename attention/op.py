@@ -115,7 +115,8 @@ def paged_attention(
     k_scale, v_scale: scales of quantised caches, see `CacheFormat`
     out:             (tokens, q_heads, value_dim), written and returned; not an expanded tensor
     plan:            of this step, by `plan`, for the same sequences, causal and window. It has checked lengths and block
-                     tables; without it they are checked here, which on a GPU waits for the device
+                     tables; without it they are checked here, which on a GPU waits for the device. That it is of these very
+                     lengths is checked on the CPU only
     backend:         its name; None picks the first that can do all of it, see `backend_info`
 
     Returns out (tokens, q_heads, value_dim) in the query's dtype, and with `return_lse` also the natural logarithm of the
@@ -146,7 +147,7 @@ def paged_attention(
     if softcap is not None and not 0 < softcap < math.inf:
         raise AttentionArgumentError(f"softcap must be above 0 and finite, or None, found {softcap}")
     if plan is not None:
-        _check_plan(plan, query, key_cache, seq_lens, causal, (left, right), backend)
+        _check_plan(plan, query, key_cache, (seq_lens, query_start_loc), causal, (left, right), backend)
         if plan.shares_prefixes and (tree_mask is not None or alibi_slopes is not None):
             raise AttentionArgumentError("a plan with shared prefixes goes with neither tree_mask nor alibi_slopes")
         if tree_mask is not None:
@@ -191,13 +192,13 @@ def _check_plan(
     plan: AttentionPlan,
     query: Tensor,
     key_cache: Tensor,
-    seq_lens: Tensor,
+    lengths: tuple[Tensor, Tensor],
     causal: bool,
     window: tuple[int, int],
     backend: str | None,
 ) -> None:
     made_for = (plan.num_seqs, plan.num_tokens, plan.heads, plan.causal, plan.window)
-    asked = (seq_lens.shape[0], query.shape[0], (query.shape[1], key_cache.shape[2]), causal, window)
+    asked = (lengths[0].shape[0], query.shape[0], (query.shape[1], key_cache.shape[2]), causal, window)
     if made_for != asked:
         names = ("sequences", "query tokens", "(q_heads, kv_heads)", "causal", "window")
         wrong = [
@@ -208,6 +209,11 @@ def _check_plan(
         raise AttentionArgumentError(f"the plan is on {plan.tasks.device}, query on {query.device}")
     if backend is not None and backend != plan.backend:
         raise AttentionArgumentError(f"the plan was made for the {plan.backend} backend, asked is {backend}")
+    # On a GPU, reading a length would wait for the device. What a compiler traces has no values.
+    if plan.made_for is not None and type(lengths[0]) is Tensor and not torch.compiler.is_compiling():
+        for name, planned, given in zip(("seq_lens", "query_start_loc"), plan.made_for, lengths, strict=True):
+            if not torch.equal(planned, given):
+                raise AttentionArgumentError(f"the plan is of another step: it was made for other {name}")
 
 
 def write_kv(

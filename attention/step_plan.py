@@ -45,6 +45,8 @@ class AttentionPlan:
     backend: str
     shares_prefixes: bool = False
     """Whether some tasks serve several sequences: then there is neither a window, nor ALiBi, nor a tree mask."""
+    made_for: tuple[Tensor, Tensor] | None = None
+    """seq_lens and query_start_loc, copied, by which a call on the CPU knows its own plan; None for other devices."""
 
     def take_over(self, other: AttentionPlan) -> None:
         """Become the plan of another step in place: the tensors that a captured CUDA graph reads get `other`'s tasks.
@@ -66,6 +68,9 @@ class AttentionPlan:
             raise AttentionArgumentError(f"a plan of {mine} cannot take over one of {others}: were both of fixed_size?")
         self.tasks.copy_(other.tasks, non_blocking=True)
         self.merges.copy_(other.merges, non_blocking=True)
+        if self.made_for is not None and other.made_for is not None:
+            for own, others_own in zip(self.made_for, other.made_for, strict=True):
+                own.copy_(others_own)
 
 
 def plan(
@@ -140,6 +145,9 @@ def plan(
         window=sides,
         backend=chosen.name,
         shares_prefixes=made is not None,
+        made_for=(_on_device(lengths.copy(), device), _on_device(starts.copy(), device))
+        if device.type == "cpu"
+        else None,
     )
 
 

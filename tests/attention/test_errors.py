@@ -206,6 +206,8 @@ def test_a_plan_of_another_call_is_refused(options: dict[str, Any], message: str
         (((2, 5), (1, 3), (0, 0)), (4, 2), "sequences: 3 in the plan, 2 in the call"),
         (((2, 5), (2, 3)), (4, 2), "query tokens: 4 in the plan, 3 in the call"),
         (((2, 5), (1, 3)), (8, 2), "(q_heads, kv_heads): (8, 2) in the plan, (4, 2) in the call"),
+        (((2, 6), (1, 3)), (4, 2), "it was made for other seq_lens"),
+        (((1, 5), (2, 3)), (4, 2), "it was made for other query_start_loc"),
     ],
 )
 def test_a_plan_of_another_step_is_refused(
