@@ -81,7 +81,7 @@ class SimulatedPrompt:
 
 
 class TokenContent:
-    """Real tokens. Keys are hashed on demand or as blocks fill, each once, and kept for the next lookup of the same sequence."""
+    """Real tokens. Keys are hashed on demand, each once, and kept for the next lookup of the same sequence."""
 
     __slots__ = ("_block_bytes", "_data", "_extras", "_keys", "_root")
 
@@ -134,19 +134,13 @@ class TokenContent:
             del self._keys[start // self._block_bytes :]
         self._data += token_ids.tobytes()
 
-    def write_block(self, block_idx: int, tokens: bytes, *, is_hashed: bool) -> None:
-        """Replace everything from block `block_idx` on by one full block, its tokens as little-endian int32. O(block_size).
-
-        `is_hashed`: hash its name now, if those before it are. Later, when the block gets its name, a pass of the model has
-        driven all that is read for it out of the processor's caches.
-        """
-        data, keys, start = self._data, self._keys, block_idx * self._block_bytes
+    def write_block(self, block_idx: int, tokens: bytes) -> None:
+        """Replace everything from block `block_idx` on by one full block, its tokens as little-endian int32. O(block_size)."""
+        data, start = self._data, block_idx * self._block_bytes
         if start < len(data):
             del data[start:]
-            del keys[block_idx:]
+            del self._keys[block_idx:]
         data += tokens
-        if is_hashed and len(keys) == block_idx and not self._extras:
-            keys.append(sha256((keys[-1] if keys else self._root) + tokens).digest())
 
     def fork(self, num_tokens: int) -> TokenContent:
         """A copy of the first `num_tokens` tokens that continues on its own."""

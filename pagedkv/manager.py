@@ -347,14 +347,27 @@ class KVCacheManager:
     def swap_in(self, sequence_id: Hashable) -> BlockCopies:
         """Bring a sequence back; returns the copies, host to device. Blocks still in the prefix cache are not copied.
 
+        If it was brought back in a `step` that fails, the tokens of copied blocks are pending again.
         Raises OutOfBlocksError, with nothing changed, if the device pool has too few. O(blocks).
         """
         row = self.row(sequence_id)
         if row not in self.memory.host_blocks:
             raise InvalidArgumentError(f"sequence {sequence_id!r} is not swapped out")
-        copies = self.memory.try_swap_in(row)
+        memory = self.memory
+        hits = memory.naming.written(memory.resident_blocks(row))
+        if self._step is None:
+            paused = memory.naming.pause()
+            try:
+                copies = memory.try_swap_in(row, hits)
+            finally:
+                memory.naming.resume(paused)
+        else:
+            copies = memory.try_swap_in(row, hits)
+            if copies is not None:
+                # If the step fails, nobody knows whether these copies were made.
+                self._step.note_append(row, len(hits) * self.config.block_size, copies)
         if copies is None:
-            raise OutOfBlocksError(self.memory.num_blocks_to_swap_in(row), self.memory.pool.num_available)
+            raise OutOfBlocksError(memory.num_blocks_to_swap_in(row, hits), memory.pool.num_available)
         return copies
 
     # Looking

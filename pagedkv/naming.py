@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int64s, Rows
 from pagedkv.block_keys import Key
 from pagedkv.errors import BlockStateError
+from pagedkv.known_tokens import MOST_DEFERRED, KnownTokens
 from pagedkv.prefix_cache import PrefixCache
 from pagedkv.sequences import SequenceTable
 
@@ -39,34 +42,67 @@ class BlockNaming:
 
     A row names a block only while all of its blocks before it are the named ones: `num_named` says how many are.
 
+    Blocks that decodes fill may wait a few steps for their names (`defer`), since to name those of several steps together
+    takes much less than to fetch code and data for a few in each. `catch_up` names them in the order in which they were
+    filled; whoever is about to look for a name, to give one, or to let go of blocks calls it before. Evictions do not: a
+    duplicate gets its name if the block that it equals was evicted while it waited. Nobody can tell otherwise.
+
     Where there is no memory for names, blocks stay without: they are not shared, and nothing else is lost. To raise
     would be worse, since by then the blocks are in their tables, and copies on write are planned.
     """
 
-    __slots__ = ("_cache", "_named_in_step", "_table")
+    __slots__ = (
+        "_age",
+        "_cache",
+        "_deferred",
+        "_most_deferred",
+        "_named_in_step",
+        "_num_before_step",
+        "_table",
+        "_tokens",
+    )
 
-    def __init__(self, cache: PrefixCache, table: SequenceTable) -> None:
+    def __init__(self, cache: PrefixCache, table: SequenceTable, tokens: KnownTokens) -> None:
         self._cache = cache
         self._table = table
-        self._named_in_step: list[BlockIds] | None = None
+        self._tokens = tokens
+        # With their keys: a block may have been let go of, and named anew, by the time the step is over.
+        self._named_in_step: list[tuple[BlockIds, Sequence[Key]]] | None = None
+        # Rows and block indices, one pair of arrays a step: how many of them were there when the step under way began,
+        # and for how many steps the first has waited. A row fills its next block only when all these have names.
+        self._deferred: list[tuple[Rows, Int64s]] = []
+        self._num_before_step = 0
+        self._age = 0
+        # Policies that are told of names are told at once.
+        self._most_deferred = 1 if cache.tracks_names else min(MOST_DEFERRED, table.block_size)
 
     def begin_step(self) -> None:
         """A step is being planned: from here on, remember what is named. Raises BlockStateError if another is under way."""
         if self._named_in_step is not None:
             raise BlockStateError("another step is under way on this memory: it must end first")
         self._named_in_step = []
+        self._num_before_step = len(self._deferred)
 
-    def end_step(self) -> list[BlockIds]:
-        """The step is over: remember no more. Returns what it named."""
+    def end_step(self) -> None:
+        """The step is over: remember no more. O(1)."""
+        self._named_in_step = None
+
+    def take_back(self) -> list[int]:
+        """The step failed: what it filled, and has no name yet, gets none. Returns the blocks that it named. O(named)."""
+        del self._deferred[self._num_before_step :]
         named, self._named_in_step = self._named_in_step or [], None
-        return named
+        keys_of: dict[int, Key] = {}
+        for block_ids, keys in named:
+            keys_of.update(zip(block_ids.tolist(), keys, strict=True))
+        return [block_id for block_id, key in keys_of.items() if self._cache.key_of(block_id) == key]
 
-    def pause(self) -> list[BlockIds] | None:
+    def pause(self) -> list[tuple[BlockIds, Sequence[Key]]] | None:
         """What is named now belongs to no step; give what this returns to `resume`."""
+        self.catch_up()
         named, self._named_in_step = self._named_in_step, None
         return named
 
-    def resume(self, named: list[BlockIds] | None) -> None:
+    def resume(self, named: list[tuple[BlockIds, Sequence[Key]]] | None) -> None:
         """Go on where `pause` was called."""
         self._named_in_step = named
 
@@ -74,11 +110,43 @@ class BlockNaming:
         """The blocks before the first one that the step under way has named, and so is yet to write. O(n + named)."""
         if not self._named_in_step or not len(block_ids):
             return block_ids
-        is_unwritten = np.isin(block_ids, np.concatenate(self._named_in_step))
+        is_unwritten = np.isin(block_ids, np.concatenate([named for named, _ in self._named_in_step]))
         return block_ids[: is_unwritten.argmax()] if is_unwritten.any() else block_ids
+
+    def defer(self, rows: Rows, block_idx: Int64s) -> None:
+        """A step fills block `block_idx[i]` of each row, if any: name them, now or a few steps later. O(rows).
+
+        Called once a step at most, and no row gets more than one token in it.
+        """
+        if len(rows):
+            self._deferred.append((rows, block_idx))
+        if self._deferred:
+            self._age += 1
+            if self._age >= self._most_deferred:
+                self.catch_up()
+
+    def catch_up(self) -> None:
+        """Name what `defer` left, and store all known tokens of full blocks. O(blocks), O(1) if there are none."""
+        self._tokens.store_filled()
+        if not self._deferred:
+            return
+        deferred, self._deferred, self._age = self._deferred, [], 0
+        num_before, self._num_before_step = self._num_before_step, 0
+        named_in_step, self._named_in_step = self._named_in_step, None
+        if named_in_step is None:
+            num_before = len(deferred)
+        self._name_deferred(deferred[:num_before])
+        self._named_in_step = named_in_step
+        self._name_deferred(deferred[num_before:])
+
+    def _name_deferred(self, deferred: list[tuple[Rows, Int64s]]) -> None:
+        if deferred:
+            rows, block_idx = (np.concatenate(columns) for columns in zip(*deferred, strict=True))
+            self.name_single(rows, block_idx)
 
     def name_filled(self, rows: Rows, starts: Int64s, stops: Int64s) -> None:
         """Name the blocks that the tokens `starts[i]` to `stops[i] - 1` of each row fill. O(rows + blocks)."""
+        self.catch_up()
         table = self._table
         first, last = starts // table.block_size, stops // table.block_size
         filling = (last > first).nonzero()[0]
@@ -103,7 +171,7 @@ class BlockNaming:
             return
         if num_named:
             table.num_named[row] = first + num_named
-            self._remember(block_ids[:num_named])
+            self._remember(block_ids[:num_named], keys[:num_named])
 
     def name_single(self, rows: Rows, block_idx: Int64s) -> None:
         """Name block `block_idx[i]` of each row, unless its chain left the named one: the common case of decoding."""
@@ -119,7 +187,9 @@ class BlockNaming:
         except MemoryError:
             return
         table.num_named[rows] += is_new
-        self._remember(block_ids[is_new])
+        if not is_new.all():
+            keys = [key for key, new in zip(keys, is_new.tolist(), strict=True) if new]
+        self._remember(block_ids[is_new], keys)
 
     def name_fresh(self, rows: Rows, first: Int64s, counts: Int64s, *, owners: Int64s, block_idx: Int64s) -> None:
         """Name blocks that simulated rows fill as they decode. Such names are new: nobody else has them.
@@ -127,6 +197,7 @@ class BlockNaming:
         Row i fills `counts[i]` blocks, from its `first[i]`-th on; the j-th block to be named is block `block_idx[j]` of row
         `rows[owners[j]]`. O(rows + blocks).
         """
+        self.catch_up()
         table = self._table
         is_on_chain = table.num_named[rows] == first
         if not is_on_chain.all():
@@ -141,7 +212,7 @@ class BlockNaming:
         except MemoryError:
             return
         table.num_named[rows] += counts
-        self._remember(block_ids)
+        self._remember(block_ids, keys)
 
     def _parents(self, rows: Rows, block_idx: Int64s) -> BlockIds:
         """Blocks before these, -1 where there is none; not looked up for a policy that does not ask."""
@@ -151,6 +222,6 @@ class BlockNaming:
         parent_ids[block_idx == 0] = -1
         return parent_ids
 
-    def _remember(self, block_ids: BlockIds) -> None:
+    def _remember(self, block_ids: BlockIds, keys: Sequence[Key]) -> None:
         if self._named_in_step is not None:
-            self._named_in_step.append(block_ids)
+            self._named_in_step.append((block_ids, keys))

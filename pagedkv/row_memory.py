@@ -59,11 +59,11 @@ class RowMemory:
         self.sequences = SequenceTable(config.block_size)
         self.counters = PrefixCounters()
         self.host_blocks: dict[int, BlockIds] = {}
-        self.naming = BlockNaming(self.cache, self.sequences)
+        self.tokens = KnownTokens(self.sequences)
+        self.naming = BlockNaming(self.cache, self.sequences, self.tokens)
         self.shared_tails = SharedTails(self.pool, self.sequences)
         naming = self.naming if config.prefix_caching else None
         self.drafts = DraftSlots(self.pool, self.sequences, naming)
-        self.tokens = KnownTokens(self.sequences, hashes_blocks=config.prefix_caching)
         self.leaps = Leaps(self.pool, self.sequences, self.shared_tails, naming)
         self._serial = 0
 
@@ -79,6 +79,7 @@ class RowMemory:
         num_keys = (num_known - 1) // self.block_size
         if not self.caches_prefixes or num_keys <= 0:
             return 0
+        self.naming.catch_up()
         return self.cache.num_resident(content.keys(num_keys), num_keys)
 
     def hit_blocks(self, content: Content, num_hit: int) -> BlockIds:
@@ -104,6 +105,7 @@ class RowMemory:
     def close(self, row: int) -> None:
         """Let go of everything that the row holds, deepest block first; its content stays with the caller. O(blocks)."""
         table = self.sequences
+        self.naming.catch_up()
         self.tokens.sync(row)
         host_blocks = self.host_blocks.pop(row, None)
         if host_blocks is not None:
@@ -163,8 +165,7 @@ class RowMemory:
         table.num_computed[rows] = starts + 1
         if self.caches_prefixes:
             filling = (offsets == block_size - 1).nonzero()[0]
-            if len(filling):
-                self.naming.name_single(rows[filling], starts[filling] // block_size)
+            self.naming.defer(rows[filling], starts[filling] // block_size)
         return NO_COPIES
 
     def try_append_run(self, row: int, num_tokens: int) -> BlockCopies | None:
@@ -183,8 +184,10 @@ class RowMemory:
             table.append_run(row, held, block_ids)
         table.num_computed[row] = stop
         first, last = start // block_size, stop // block_size
-        if self.caches_prefixes and last > first == table.num_named[row]:
-            self.naming.name_run(row, first, last)
+        if self.caches_prefixes and last > first:
+            self.naming.catch_up()
+            if table.num_named[row] == first:
+                self.naming.name_run(row, first, last)
         return NO_COPIES
 
     # Sharing
@@ -192,6 +195,7 @@ class RowMemory:
     def fork(self, row: int) -> int:
         """Make a row that shares every block of `row`; the first of them to write into a shared tail copies it. O(blocks)."""
         table = self.sequences
+        self.naming.catch_up()
         content = self.tokens.sync(row)
         num_known, num_computed = int(table.num_known[row]), int(table.num_computed[row])
         block_ids = table.blocks(row)
@@ -225,6 +229,7 @@ class RowMemory:
 
     def retract(self, row: int, num_computed: int) -> None:
         """Take the slots of the tokens from `num_computed` on away again; the tokens stay known. O(blocks dropped)."""
+        self.naming.catch_up()
         table = self.sequences
         num_kept = cdiv(num_computed, self.block_size)
         self.pool.release(table.blocks(row)[num_kept:][::-1])
@@ -245,6 +250,7 @@ class RowMemory:
         host_blocks = self.host_pool.try_allocate(int(table.num_blocks[row]))
         if host_blocks is None:
             return None
+        self.naming.catch_up()
         device_blocks = table.blocks(row)
         self.pool.release(device_blocks[::-1])
         self.host_blocks[row] = host_blocks
@@ -253,20 +259,30 @@ class RowMemory:
         self.shared_tails.unmark(row)
         return BlockCopies(device_blocks, host_blocks)
 
-    def num_blocks_to_swap_in(self, row: int) -> int:
+    def resident_blocks(self, row: int) -> BlockIds:
+        """What the prefix cache still has of the full blocks that a swapped row had on the device. O(blocks)."""
+        content = self.sequences.content(row)
+        num_full = int(self.sequences.num_computed[row]) // self.block_size
+        if not self.caches_prefixes or num_full == 0:
+            return NO_COPIES.sources
+        self.naming.catch_up()
+        return self.hit_blocks(content, self.cache.num_resident(content.keys(num_full), num_full))
+
+    def num_blocks_to_swap_in(self, row: int, hits: BlockIds | None = None) -> int:
         """Blocks that must be available for `try_swap_in` to succeed: new ones, and hits that nobody holds. O(blocks)."""
         num_blocks = len(self.host_blocks[row])
-        hits = self._resident_blocks(row)
+        hits = self.resident_blocks(row) if hits is None else hits
         return num_blocks - len(hits) + self.pool.num_evictable_among(hits)
 
-    def try_swap_in(self, row: int) -> BlockCopies | None:
+    def try_swap_in(self, row: int, hits: BlockIds | None = None) -> BlockCopies | None:
         """Bring the row's blocks back, taking those that the prefix cache still has instead of copying them.
 
-        None, with nothing changed, if the blocks cannot be had. O(blocks).
+        None, with nothing changed, if the blocks cannot be had. `hits`: the first of `resident_blocks`, all if None.
+        O(blocks).
         """
         table = self.sequences
         host_blocks = self.host_blocks[row]
-        hits = self._resident_blocks(row)
+        hits = self.resident_blocks(row) if hits is None else hits
         num_hits = len(hits)
         if len(host_blocks) - num_hits + self.pool.num_evictable_among(hits) > self.pool.num_available:
             return None
@@ -306,16 +322,6 @@ class RowMemory:
     def unname_step(self) -> BlockIds:
         """The step failed: forget the names that it gave, since the blocks were never filled, and return the blocks."""
         self.pool.taken = None
-        named = np.concatenate([NO_COPIES.sources, *self.naming.end_step()])
-        named = named[self.pool.is_named(named)]
+        named = np.array(self.naming.take_back(), np.int64)
         self.cache.unname(named)
         return named
-
-    def _resident_blocks(self, row: int) -> BlockIds:
-        """Resident blocks among the full ones that a swapped row had on the device."""
-        content = self.sequences.content(row)
-        num_full = int(self.sequences.num_computed[row]) // self.block_size
-        if not self.caches_prefixes or num_full == 0:
-            return NO_COPIES.sources
-        num_hits = self.cache.num_resident(content.keys(num_full), num_full)
-        return self.hit_blocks(content, num_hits)

@@ -23,7 +23,8 @@ class SequenceTable:
     has_shared_tail: (rows,) bool, the last, partly filled block may have another holder or a name
     block_tables: (rows, width) int32; entries beyond `num_blocks` are never read
     name_bases:   (rows,) int64, where content is simulated: block i that a decode fills is named `name_bases - i`
-    tails:        (rows, block_size) int32, the tokens of the block that holds the last known one
+    tails:        (rows, 2 * block_size) int32, the tokens of the block that holds the last known one, and of the one before
+                  it: token i at `i % (2 * block_size)`
     contents:     per row, what the sequence contains
 
     Both dimensions double when they are exceeded; references to the arrays go stale then, so ask for them anew.
@@ -58,7 +59,7 @@ class SequenceTable:
         self.has_shared_tail: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.is_live: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.block_tables: Int32s = np.zeros((num_rows, width), np.int32)
-        self.tails: Int32s = np.zeros((num_rows, block_size), np.int32)
+        self.tails: Int32s = np.zeros((num_rows, 2 * block_size), np.int32)
         self.contents: list[Content | None] = [None] * num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.arrays import BlockIds, Int32s, Int64s, Rows, packed_runs
-from pagedkv.errors import InvalidArgumentError, StalePlanError
+from pagedkv.errors import StalePlanError
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
 
@@ -20,7 +19,6 @@ class PlanInputs:
     """The packed arrays of a plan, made when first asked for: a simulator never asks. `taken`: blocks, call by call."""
 
     __slots__ = (
-        "are_made",
         "is_decode",
         "is_single",
         "is_stale",
@@ -35,7 +33,6 @@ class PlanInputs:
     def __init__(self, memory: RowMemory, taken: list[BlockIds], *, is_decode: bool = False) -> None:
         self.memory = memory
         self.taken = taken
-        self.are_made = False
         """Whether all of them were made that can be: then rows may be gone that they were made from."""
         self.is_stale = False
         self.is_decode = is_decode
@@ -202,15 +199,6 @@ class StepPlan:
         packed[is_draft] = drafts.token_ids
         packed[~is_draft] = memory.tokens.packed(self.rows, self.starts, num_known)
         return packed
-
-    def make_inputs(self) -> None:
-        """Make the packed arrays now, before a row that they read is let go of; once, O(tokens)."""
-        if self.inputs.are_made:
-            return
-        self.inputs.are_made = True
-        _ = self.slot_mapping
-        with suppress(InvalidArgumentError):  # Simulated prompts have no token ids.
-            _ = self.token_ids
 
     @property
     def _is_single(self) -> bool:

@@ -40,7 +40,8 @@ def retract_step(
 
 def _num_written(memory: RowMemory, row: int, num_valid: int, unwritten: BlockIds, copied: set[int]) -> int:
     blocks = memory.sequences.blocks(row)
-    missing = np.flatnonzero(np.isin(blocks, unwritten))
+    # The block that the row itself went on to fill holds what it held before.
+    missing = np.flatnonzero(np.isin(blocks[: num_valid // memory.block_size], unwritten))
     if len(missing):
         num_valid = min(num_valid, int(missing[0]) * memory.block_size)
     offset = num_valid % memory.block_size

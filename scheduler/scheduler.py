@@ -110,7 +110,8 @@ class Scheduler:
         """Whether every running row has exactly its last token left to compute."""
         self._step = 0
         self._num_added = self._num_entered = 0
-        self._num_left_in_flight = 0
+        # Rows of samples that were ended from outside while the step in flight may write their blocks.
+        self._left_in_flight: list[int] = []
         if manager.checks is not None:
             manager.checks.watch(self, CHANGING_VERBS, self.check_invariants)
 
@@ -159,7 +160,10 @@ class Scheduler:
         self._deliver()
 
     def abort(self, request_id: str, now: float) -> None:
-        """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks)."""
+        """End a request in whatever state it is, and let go of all it holds. O(log waiting + its blocks).
+
+        Blocks that a step in flight may yet write or copy are let go of when that step is updated or failed.
+        """
         now = as_time(now)
         samples = self._live.pop(request_id, None) if isinstance(request_id, str) else None
         if samples is None:
@@ -168,14 +172,11 @@ class Scheduler:
         for sample in samples:
             state = sample.state
             if state is SampleState.RUNNING:
-                if self.in_flight is not None:
-                    self.in_flight.make_inputs()
                 self._leave(sample)
-                self._num_left_in_flight += 1
             elif not stood_back:
                 self._queue.remove(sample)
                 if state is SampleState.SWAPPED:
-                    self._memory.close(sample.row)
+                    self._close_row(sample)
             sample.state = SampleState.FINISHED
             self._kinds.remove(sample)
             self._events.append(Aborted(now, request_id, state.value))
@@ -389,9 +390,16 @@ class Scheduler:
     def _leave(self, sample: Sample) -> None:
         """Give up the seats and the row of a running sample."""
         self._running.remove(sample)
-        self._memory.close(sample.row)
-        sample.row = -1
+        self._close_row(sample)
         self._admission.is_open = True
+
+    def _close_row(self, sample: Sample) -> None:
+        """Give the sample's row back: at once, or when the step in flight is over."""
+        if self.in_flight is None:
+            self._memory.close(sample.row)
+        else:
+            self._left_in_flight.append(sample.row)
+        sample.row = -1
 
     def _take_back(self, seated_rows: list[int], now: float, reason: str, *, step: int) -> None:
         """The step was not carried out, or not even planned to the end: its rows are planned again; those seated stay so."""
@@ -430,6 +438,7 @@ class Scheduler:
         """The plan is no longer in flight; returns whether samples of it were ended from outside."""
         plan.inputs.is_stale = True
         self.in_flight = None
-        any_left = self._num_left_in_flight > 0
-        self._num_left_in_flight = 0
-        return any_left
+        left, self._left_in_flight = self._left_in_flight, []
+        for row in left:
+            self._memory.close(row)
+        return bool(left)

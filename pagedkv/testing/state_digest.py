@@ -18,6 +18,7 @@ def state_digest(manager: KVCacheManager) -> str:
     swap in that fails has looked at what it would have hit.
     """
     memory, table = manager.memory, manager.memory.sequences
+    memory.naming.catch_up()  # What waits for its name is found as if it had it.
     digest = sha256()
     for pool in (memory.pool, memory.host_pool):
         ids = np.arange(pool.num_blocks)
@@ -29,7 +30,8 @@ def state_digest(manager: KVCacheManager) -> str:
         digest.update(repr((row, [int(column[row]) for column in columns], table.has_shared_tail[row])).encode())
         digest.update(table.blocks(row).tobytes())
         digest.update(repr(memory.host_blocks.get(row, table.blocks(row)[:0]).tolist()).encode())
-        num_in_tail = int(table.num_known[row] - 1) % memory.block_size + 1
-        digest.update(table.tails[row, :num_in_tail].tobytes())
+        start = int(table.num_known[row] - 1) // memory.block_size * memory.block_size
+        places = np.arange(start, int(table.num_known[row])) % (2 * memory.block_size)
+        digest.update(table.tails[row, places].tobytes())
     digest.update(repr((memory.counters, len(manager), table.num_live)).encode())
     return digest.hexdigest()[:16]

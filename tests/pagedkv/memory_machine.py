@@ -420,6 +420,7 @@ class MemoryMachine(RuleBasedStateMachine):
         expect("blocks in the order in which they go out", pool.order(), model.free[::-1] + model.evictable)
         ids = np.arange(model.num_blocks, dtype=np.int32)
         expect("holders", pool.counts(ids).tolist(), model.num_holders)
+        manager.memory.naming.catch_up()  # The model names blocks at once.
         expect("named blocks", np.flatnonzero(pool.is_named(ids)).tolist(), sorted(model.name_of))
         expect("open sequences", len(manager), len(model.sequences))
         for id_, sequence in model.sequences.items():

@@ -114,6 +114,7 @@ def test_a_cheaply_checked_scheduler_finds_that_its_blocks_were_given_away() -> 
     scheduler.add(Request("a", SimulatedPrompt(5), 240), 0.0)
     for _ in range(4):
         scheduler.update(scheduler.schedule(0.0), None, 0.0)
+    manager.memory.naming.catch_up()
     manager.memory.pool.release(manager.memory.sequences.blocks(0))
 
     with pytest.raises(InvariantViolation, match=r"I[1-5]: .* found after (schedule|update)"):

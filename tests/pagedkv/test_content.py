@@ -39,15 +39,12 @@ def test_writing_inside_a_block_drops_the_name_of_that_block() -> None:
     assert list(content.keys(2)) == list(content_of(1, 2, 3, 9).keys(2))
 
 
-@pytest.mark.parametrize("is_hashed", [True, False])
 @pytest.mark.parametrize("num_hashed", [0, 1, 2])
-def test_a_block_written_whole_replaces_the_rest_and_has_the_name_of_its_tokens(
-    num_hashed: int, is_hashed: bool
-) -> None:
+def test_a_block_written_whole_replaces_the_rest_and_has_the_name_of_its_tokens(num_hashed: int) -> None:
     content = content_of(1, 2, 3, 4)
     content.keys(num_hashed)
-    content.write_block(1, tokens(3, 9).tobytes(), is_hashed=is_hashed)
-    content.write_block(2, tokens(5, 6).tobytes(), is_hashed=is_hashed)
+    content.write_block(1, tokens(3, 9).tobytes())
+    content.write_block(2, tokens(5, 6).tobytes())
     assert content.token_ids(0, 6).tolist() == [1, 2, 3, 9, 5, 6]
     assert [content.key(i) for i in range(3)] == list(content_of(1, 2, 3, 9, 5, 6).keys(3))
 

@@ -153,3 +153,54 @@ def test_what_a_schedulers_step_fills_is_not_hit_before_its_update(manager: KVCa
     plan = scheduler.schedule(0.0)
     scheduler.update(plan, [1], 0.0)
     assert manager.open("late", [1, 2, 3, 4, 5]) == 4
+
+
+def test_a_block_that_a_failed_step_named_twice_loses_its_name_once() -> None:
+    manager = KVCacheManager(CacheConfig(num_blocks=2, block_size=2), check="full")
+    manager.open("a", [1, 2, 3, 4])
+    with failed_step(manager):
+        manager.append("a", 4)
+        manager.truncate("a", 2)
+        manager.extend("a", [8, 9])
+        manager.append("a", 2)  # Evicts the block that was let go of, and names it anew.
+    assert (manager.num_computed("a"), hit(manager, [1, 2, 7])) == (0, 0)
+
+
+def swapped_out(manager: KVCacheManager) -> None:
+    """Sequence "x" is on the host, and the device remembers nothing of it."""
+    manager.open("x", [1, 2, 3, 4, 5])
+    manager.append("x", 5)
+    manager.swap_out("x")
+    assert manager.reset_prefix_cache()
+
+
+def test_what_a_failed_step_swapped_in_is_pending_again_and_has_no_names(manager: KVCacheManager) -> None:
+    swapped_out(manager)
+    with failed_step(manager):
+        assert len(manager.swap_in("x")) == 3
+    assert (manager.num_computed("x"), hit(manager, [1, 2, 3, 4, 5])) == (0, 0)
+    assert len(manager.append("x", 5).slots) == 5
+
+
+def test_a_sequence_that_is_swapped_in_beside_a_schedulers_step_keeps_its_names_when_that_fails(
+    manager: KVCacheManager,
+) -> None:
+    swapped_out(manager)
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=64, max_num_running=4), manager)
+    scheduler.add(Request("a", [9, 9, 9, 9], 4), now=0.0)
+    plan = scheduler.schedule(0.0)
+    assert len(manager.swap_in("x")) == 3
+    scheduler.fail(plan, 0.0)
+    scheduler.check_invariants()
+    assert (manager.num_computed("x"), hit(manager, [1, 2, 3, 4, 5])) == (5, 4)
+
+
+def test_a_swap_in_hits_nothing_that_a_schedulers_step_is_yet_to_write(manager: KVCacheManager) -> None:
+    swapped_out(manager)
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=64, max_num_running=4), manager)
+    scheduler.add(Request("a", [1, 2, 3, 4], 4), now=0.0)
+    plan = scheduler.schedule(0.0)
+    assert len(manager.swap_in("x")) == 3
+    scheduler.fail(plan, 0.0)
+    scheduler.check_invariants()
+    assert manager.num_computed("x") == 5

@@ -134,7 +134,7 @@ BUGS = {
         RowMemory, "try_append_run", "if table.has_shared_tail[row]:", "if False:"
     ),
     "a run off the named chain is named": Bug(
-        RowMemory, "try_append_run", "last > first == table.num_named[row]", "last > first"
+        RowMemory, "try_append_run", "table.num_named[row] == first", "True"
     ),
     "the tail of a run is forgotten": Bug(
         KnownTokens, "extend_run", "self.load_tail(row, num_known + num_new)", "pass"

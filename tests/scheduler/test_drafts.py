@@ -240,15 +240,19 @@ def test_when_all_drafts_are_wrong_the_row_stands_where_it_would_stand_without_t
     assert (again.starts.tolist(), again.token_ids.tolist()) == ([4], [4])
 
 
+def num_named(scheduler: Scheduler) -> int:
+    scheduler.manager.memory.naming.catch_up()
+    return len(scheduler.manager.memory.cache)
+
+
 def test_a_block_that_drafts_fill_is_named_only_when_they_are_accepted() -> None:
     scheduler = decoding(prompt=[1, 2, 3, 4])
-    cache = scheduler.manager.memory.cache
     plan = scheduler.schedule(0.0, {0: [5, 6, 7]})
-    assert len(cache) == 1
+    assert num_named(scheduler) == 1
 
     scheduler.update(plan, StepOutcome([5, 6, 7, 8], [4]), 0.0)
 
-    assert len(cache) == 2
+    assert num_named(scheduler) == 2
     assert scheduler.manager.lookup([1, 2, 3, 4, 9, 5, 6, 7, 1]).num_tokens == 8
     scheduler.check_invariants()
 
@@ -259,20 +263,20 @@ def test_a_block_that_a_wrong_draft_completed_has_no_name() -> None:
 
     scheduler.update(plan, StepOutcome([5, 6, 3], [3]), 0.0)
 
-    assert len(scheduler.manager.memory.cache) == 1
+    assert num_named(scheduler) == 1
     step(scheduler)  # The right token fills the block after all.
-    assert len(scheduler.manager.memory.cache) == 2
+    assert num_named(scheduler) == 2
     assert scheduler.manager.lookup([1, 2, 3, 4, 9, 5, 6, 3, 1]).num_tokens == 8
 
 
 def test_drafts_that_fill_several_blocks_name_them_all() -> None:
     scheduler = decoding(prompt=[1, 2, 3], block_size=2)
     plan = scheduler.schedule(0.0, {0: [5, 6, 7, 8, 8]})
-    assert len(scheduler.manager.memory.cache) == 2
+    assert num_named(scheduler) == 2
 
     scheduler.update(plan, StepOutcome([5, 6, 7, 8, 8, 1], [6]), 0.0)
 
-    assert len(scheduler.manager.memory.cache) == 4
+    assert num_named(scheduler) == 4
     assert scheduler.manager.lookup([1, 2, 3, 9, 5, 6, 7, 8, 8]).num_tokens == 8
 
 
@@ -352,7 +356,7 @@ def test_a_failed_step_forgets_its_drafts_and_is_planned_again() -> None:
     scheduler.fail(plan, 0.0, "lost")
 
     scheduler.check_invariants()
-    assert len(scheduler.manager.memory.cache) == 1
+    assert num_named(scheduler) == 1
     assert scheduler.manager.statistics().num_used == 1
     again = scheduler.schedule(0.0)
     assert (again.starts.tolist(), again.token_ids.tolist(), again.num_drafts) == ([4], [9], None)

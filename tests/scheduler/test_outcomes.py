@@ -178,3 +178,20 @@ def test_the_tokens_so_far_of_each_live_sample_can_be_read() -> None:
     assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("a").items()} == {0: [7, 17], 1: [8, 18]}
     assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("b").items()} == {0: [9, 19]}
     assert {idx: tokens.tolist() for idx, tokens in scheduler.outputs("c").items()} == {0: []}
+
+
+def test_blocks_of_a_request_that_is_aborted_in_flight_are_nobodys_until_the_step_is_over() -> None:
+    scheduler = make_scheduler(Request("a", [9, 9, 9, 9, 9], 5))
+    manager = scheduler.manager
+    plan = scheduler.schedule(0.0)
+    scheduler.abort("a", 0.0)
+
+    manager.open("b", [1] * 64)
+    taken = manager.append("b", manager.memory.pool.num_available * manager.config.block_size).slots
+    scheduler.check_invariants()
+
+    assert not set(taken.tolist()) & set(plan.slot_mapping.tolist())
+    scheduler.fail(plan, 0.0)
+    scheduler.check_invariants()
+    manager.close("b")
+    assert manager.statistics().num_used == 0
