@@ -107,7 +107,13 @@ class TokenContent:
     def key(self, block_idx: int) -> Key:
         """Name of one full block; O(1) once those before it are hashed."""
         keys = self._keys
-        return keys[block_idx] if block_idx < len(keys) else self.keys(block_idx + 1)[block_idx]
+        if block_idx == len(keys) and not self._extras:  # Mostly: one that a decode has filled.
+            start = block_idx * self._block_bytes
+            tokens = self._data[start : start + self._block_bytes]
+            keys.append(sha256((keys[-1] if keys else self._root) + tokens).digest())
+        elif block_idx >= len(keys):
+            self.keys(block_idx + 1)
+        return keys[block_idx]
 
     def _chain_with_extras(self, key: bytes, num_blocks: int) -> None:
         size = self._block_bytes // TOKEN_BYTES
