@@ -1,7 +1,7 @@
 """Record the inputs of a live scheduler, and make every decision again from the record.
 
-A recording is JSON lines: a header with the configuration, then one line per call. It holds prompts and sampled tokens,
-because decisions depend on them: keep it as you keep your users' prompts.
+A recording is JSON lines: a header with the configuration, then one line per call that did something. It holds prompts and
+sampled tokens, because decisions depend on them: keep it as you keep your users' prompts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, TextIO
 
@@ -18,7 +19,7 @@ from pagedkv.arrays import Int32s, Rows, as_time, shown
 from pagedkv.block_keys import CacheIdentity, ExtraKey
 from pagedkv.config import CacheConfig
 from pagedkv.content import SimulatedPrompt
-from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVError
+from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVError, StalePlanError
 from pagedkv.eviction import make_policy
 from pagedkv.manager import KVCacheManager, Prompt
 from pagedkv.scheduler.config import MAX_PREEMPTIONS, SchedulerConfig
@@ -35,13 +36,17 @@ from pagedkv.statistics import PrefixCounters
 
 __all__ = ["Recorder", "RecordingError", "replay_recording"]
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions that can be replayed. The first does not tell steps by number, what was raised, or which plan an update was of."""
 MAX_LINE_CHARS = 2**26
 """Documented cap on one line: a prompt of the longest kind takes more, and an engine that serves such has other means."""
 POLICIES = {
     policy.__name__: policy for policy in (FCFS, Priority, LatestArrival, LowestPriority, Recompute, Swap, Cheaper)
 }
 ROLES = ("policy", "victim", "preemption")
+REFUSALS = ("DuplicateIdError", "InvalidArgumentError", "QueueFullError", "RequestTooLargeError")
+"""What `add` itself may raise. Anything else was raised by a sink, when the request was taken or refused already."""
 
 
 class RecordingError(PagedKVError, ValueError):
@@ -51,8 +56,10 @@ class RecordingError(PagedKVError, ValueError):
 class Recorder:
     """A scheduler that writes down what is asked of it. Use it in the scheduler's place, for all but leaps.
 
-    Calls that raise are recorded too, since a refused request is a decision; `schedule` only if it made a plan, which is in
-    flight even if a sink raised. Not recorded is a call at a time that is no number. About 5 us a step, plus the tokens.
+    Recorded is what did something, and so each `add`, since a refused request is a decision; other calls unless they were
+    refused, and a step that could not be planned, behind which nothing can be replayed. What a sink raises changes nothing
+    of this. A call is written when it is over: what `file` raises comes when the work is done. About 70 us a step, plus the
+    tokens: as much as a step of few rows itself.
 
     Raises InvalidArgumentError for a scheduler that was used before, or whose memory was: what came of that is not in the
     recording, and later decisions depend on it.
@@ -62,6 +69,8 @@ class Recorder:
         _check_unused(scheduler)
         self.scheduler = scheduler
         self._file = file
+        self._under_way: list[dict[str, Any]] = []
+        self._depth = 0
         header = {
             "recording": VERSION,
             "cache": dataclasses.asdict(scheduler.manager.config),
@@ -79,37 +88,51 @@ class Recorder:
     def add(self, request: Request, now: float) -> None:
         """As Scheduler.add."""
         now = as_time(now)
-        self._write({"call": "add", "now": now, "request": _encode_request(request)})
-        self.scheduler.add(request, now)
+        record = {"call": "add", "now": now, "request": _encode_request(request)}
+        with self._recording(record):
+            try:
+                self.scheduler.add(request, now)
+            except BaseException as error:
+                record["raised"] = type(error).__name__
+                raise
 
     def abort(self, request_id: str, now: float) -> None:
         """As Scheduler.abort."""
         now = as_time(now)
-        self._write({"call": "abort", "now": now, "request_id": request_id})
-        self.scheduler.abort(request_id, now)
+        record = {"call": "abort", "now": now, "request_id": request_id} if request_id in self.scheduler else {}
+        with self._recording(record):
+            self.scheduler.abort(request_id, now)
 
     def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
-        """As Scheduler.schedule; the record holds the drafts, and a digest of the plan."""
+        """As Scheduler.schedule; the record holds the drafts, and the plan's number with a digest of it."""
         now = as_time(now)
         before = self.in_flight
-        try:
-            return self.scheduler.schedule(now, drafts)
-        finally:
-            plan = self.in_flight
-            if plan is not None and plan is not before:
-                self._write({"call": "schedule", "now": now, **_encode_drafts(drafts), "plan": _digest(plan)})
+        record: dict[str, Any] = {}
+        with self._recording(record):
+            try:
+                return self.scheduler.schedule(now, drafts)
+            except BaseException as error:
+                is_refusal = isinstance(error, PagedKVError) and not isinstance(error, InvariantViolation)
+                if self.in_flight is before and not is_refusal:
+                    record |= {"call": "schedule", "now": now, "failed": type(error).__name__}
+                raise
+            finally:
+                plan = self.in_flight
+                if plan is not None and plan is not before:
+                    record |= {"call": "schedule", "now": now, **_encode_drafts(drafts)}
+                    record |= {"step": plan.step, "plan": _digest(plan)}
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """As Scheduler.update."""
         now = as_time(now)
-        self._write({"call": "update", "now": now, **_encode_outcome(outcome)})
-        return self.scheduler.update(plan, outcome, now)
+        with self._ending(plan, {"call": "update", "now": now, **_encode_outcome(outcome)}):
+            return self.scheduler.update(plan, outcome, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """As Scheduler.fail."""
         now = as_time(now)
-        self._write({"call": "fail", "now": now, "reason": reason})
-        self.scheduler.fail(plan, now, reason)
+        with self._ending(plan, {"call": "fail", "now": now, "reason": reason}):
+            self.scheduler.fail(plan, now, reason)
 
     # Looking changes nothing, so it is not recorded
 
@@ -127,6 +150,9 @@ class Recorder:
     def in_flight(self) -> StepPlan | None:
         """As Scheduler.in_flight."""
         return self.scheduler.in_flight
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self.scheduler
 
     @property
     def has_work(self) -> bool:
@@ -166,6 +192,32 @@ class Recorder:
         """As Scheduler.check_invariants."""
         self.scheduler.check_invariants()
 
+    @contextmanager
+    def _recording(self, record: dict[str, Any]) -> Iterator[None]:
+        """Write the record, unless it is empty, when the call is over; before those of calls that a sink made meanwhile."""
+        self._under_way.append(record)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                records, self._under_way = self._under_way, []
+                for each in records:
+                    if each:
+                        self._write(each)
+
+    @contextmanager
+    def _ending(self, plan: StepPlan, record: dict[str, Any]) -> Iterator[None]:
+        """As `_recording`, unless the call is refused: for another plan than that in flight, or one that stays so."""
+        was_in_flight = plan is self.in_flight
+        with self._recording(record):
+            try:
+                yield
+            finally:
+                if not was_in_flight or plan is self.in_flight:
+                    record.clear()
+
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
@@ -188,10 +240,14 @@ def replay_recording(
 
     max_blocks: cap on either pool, at about 28 bytes a block: one line from elsewhere must not take all memory
 
-    Raises RecordingError for lines that cannot be read, and for a plan that differs from the recorded one.
+    Raises RecordingError for lines that cannot be read, for a plan that differs from the recorded one, for a call that is
+    refused and was not, or the other way round, and at a step whose planning failed. Of calls that were refused, version 1
+    tells nothing; it is replayed as far as that leaves no doubt.
     """
     numbered = enumerate(lines, start=1)
-    scheduler = _make_scheduler(_parse(*next(numbered, (1, ""))), sink, max_blocks)
+    header = _parse(*next(numbered, (1, "")))
+    scheduler = _make_scheduler(header, sink, max_blocks)
+    call_again = _call_first_version_again if header["recording"] == 1 else _call_again
     plan: StepPlan | None = None
     for number, line in numbered:
         record = _parse(number, line)
@@ -200,12 +256,17 @@ def replay_recording(
                 plan = _plan_again(scheduler, record, number)
                 yield plan
             else:
-                _call_again(scheduler, plan, record, number)
+                call_again(scheduler, plan, record, number)
         except KeyError as error:
             raise RecordingError(f"line {number}: expected a call with its arguments, no {error} found") from None
 
 
 def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> StepPlan:
+    if "failed" in record:
+        raise RecordingError(
+            f"line {number}: planning this step raised {record['failed']!s:.60} when it was recorded; what it had decided by "
+            "then cannot be decided again"
+        )
     try:
         drafts = dict(record["drafts"]) if "drafts" in record else None
     except (TypeError, ValueError):
@@ -216,12 +277,38 @@ def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> St
         plan = scheduler.schedule(record["now"], drafts)
     except PagedKVError as error:
         raise RecordingError(f"line {number}: the step cannot be planned again: {error}") from None
+    if record.get("step", plan.step) != plan.step:
+        raise RecordingError(f"line {number}: expected step {shown(record['step'])}, found step {plan.step}")
     if _digest(plan) != record["plan"]:
         raise RecordingError(f"line {number}: step {plan.step} was recorded with another plan")
     return plan
 
 
 def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any], number: int) -> None:
+    """Make a call that is no schedule again, and see to it that it raises what it did: `add` may, the others did not."""
+    error = _error_of(scheduler, plan, record, number)
+    found = None if error is None else type(error).__name__
+    expected = record.get("raised")
+    if found != expected and (expected is None or expected in REFUSALS):
+        raise RecordingError(
+            f"line {number}: expected {record['call']} to raise {expected or 'nothing'} as it did, "
+            f"found {found or 'nothing raised'}"
+        )
+
+
+def _call_first_version_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any], number: int) -> None:
+    """As `_call_again`, where nobody knows what was raised: what raises now did then, and changed nothing.
+
+    But an update of an old plan, which was refused, is one of the plan in flight here; it shows when that is updated next.
+    """
+    if isinstance(_error_of(scheduler, plan, record, number), StalePlanError):
+        raise RecordingError(
+            f"line {number}: version 1 does not tell which plan an update is of, and this step was ended before"
+        )
+
+
+def _error_of(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any], number: int) -> PagedKVError | None:
+    """Make a call that is no schedule; returns what it raised, if not for a bug of ours."""
     call, now = record["call"], record["now"]
     if call not in ("add", "abort", "update", "fail"):
         raise RecordingError(f"line {number}: expected add, abort, schedule, update or fail, found {call!r}")
@@ -239,8 +326,9 @@ def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, A
             scheduler.fail(plan, now, str(record["reason"]))
     except InvariantViolation:
         raise
-    except PagedKVError:
-        pass  # What raises now raised when it was recorded, too, and changed nothing.
+    except PagedKVError as error:
+        return error
+    return None
 
 
 def _digest(plan: StepPlan) -> str:
@@ -277,9 +365,13 @@ def _decode_outcome(record: dict[str, Any]) -> StepOutcome | list[int] | None:
     return StepOutcome(record["token_ids"], record["num_tokens"], record["stopped"])
 
 
-def _plain(values: object) -> Any:
-    """An array or a sequence as JSON takes it."""
-    return None if values is None else np.asarray(values).tolist()
+def _plain(values: Any) -> Any:
+    """Whole numbers or booleans as JSON takes them; None for anything else, which the scheduler refuses."""
+    try:
+        array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array.tolist() if array.dtype.kind in "iub" or not array.size else None
 
 
 def _parse(number: int, line: str) -> dict[str, Any]:
@@ -296,8 +388,11 @@ def _parse(number: int, line: str) -> dict[str, Any]:
 
 
 def _make_scheduler(header: dict[str, Any], sink: EventSink | None, max_blocks: int) -> Scheduler:
-    if header.get("recording") != VERSION:
-        raise RecordingError(f"line 1: expected a recording of version {VERSION}, found {header.get('recording')!r}")
+    if header.get("recording") not in READABLE:
+        found = shown(header.get("recording"))
+        raise RecordingError(
+            f"line 1: expected a recording of version {' or '.join(map(str, READABLE))}, found {found}"
+        )
     try:
         config = _cache_config(header["cache"], max_blocks)
         manager = KVCacheManager(config, eviction=make_policy(header["eviction"], config.num_blocks))
@@ -327,7 +422,7 @@ def _encode_request(request: Request) -> dict[str, Any]:
         ids = np.asarray(prompt.content_ids).tolist()
         encoded: Any = {"num_tokens": prompt.num_tokens, "ids": ids, "size": prompt.content_block_size}
     else:
-        encoded = np.asarray(prompt).tolist()
+        encoded = _plain(prompt)
     extras = [[extra.start, extra.stop, extra.digest.hex()] for extra in request.extras]
     plain = {
         field.name: getattr(request, field.name)

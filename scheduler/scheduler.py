@@ -319,6 +319,10 @@ class Scheduler:
         """Whether any request is waiting, running or swapped out. O(1)."""
         return bool(self._live)
 
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request of this id is live: waiting, running or swapped out. O(1)."""
+        return isinstance(request_id, str) and request_id in self._live
+
     @property
     def num_running(self) -> int:
         """Samples that hold a seat. O(1)."""

@@ -235,7 +235,7 @@ def test_a_run_s_header_takes_at_most_a_mebibyte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_blocks", [2**20 - 1, 2**20, 2**20 + 1])
 def test_a_recording_s_pools_have_at_most_a_million_blocks_unless_more_are_allowed(num_blocks: int) -> None:
     header = {
-        "recording": 1,
+        "recording": 2,
         "cache": {"num_blocks": 4, "num_host_blocks": num_blocks, "identity": {}},
         "eviction": "lru",
         "scheduler": {},
