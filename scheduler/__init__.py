@@ -20,8 +20,9 @@ from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priorit
 from pagedkv.scheduler.outcome import StepOutcome
 from pagedkv.scheduler.plan import PlanDrafts, Seat, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
-from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
+from pagedkv.scheduler.recording import Recorder, RecordingError
 from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError
+from pagedkv.scheduler.replay import replay_recording
 from pagedkv.scheduler.request import FinishReason, Request
 from pagedkv.scheduler.sample import Sample, SampleState
 from pagedkv.scheduler.scheduler import Scheduler
