@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sized
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ MAX_SHOWN_CHARS = 60
 FEW = 32
 """Python's own containers beat array operations on so many numbers."""
 ONLY_INTS = {int}
+BOOLEANS = {bool, np.bool_}
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -110,6 +111,18 @@ def as_time(now: float) -> float:
     return float(now)
 
 
+def _array_of(values: Iterable[int]) -> NDArray[Any]:
+    """The values as an array. Raises TypeError for a text, ValueError for booleans among numbers or more than `MAX_TOKENS`."""
+    if isinstance(values, str):
+        raise TypeError("tokenise it first")
+    listed = _listed(values)
+    array = np.asarray(listed)
+    # numpy takes booleans among numbers for 0 and 1. Types are looked at only where there are such numbers.
+    if array.dtype.kind in "iu" and array.size and array.min() <= 1 and not BOOLEANS.isdisjoint(map(type, listed)):
+        raise ValueError("booleans are among them")
+    return array
+
+
 def _listed(values: Iterable[int]) -> list[int]:
     """The values as a list. Raises ValueError for more than `MAX_TOKENS`, before memory is taken for them if they tell."""
     num_told = len(values) if isinstance(values, Sized) else 0
@@ -134,14 +147,16 @@ def as_token_ids(name: str, values: Iterable[int] | Int32s) -> Int32s:
     ):
         return np.array(values, np.int32)
     try:
-        array = np.asarray(values if isinstance(values, np.ndarray) else _listed(values))
+        array = values if isinstance(values, np.ndarray) else _array_of(values)
     except (TypeError, ValueError, OverflowError) as error:
         found = type(values).__name__
         raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {found}: {error}") from None
     if array.size == 0:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {array.dtype} of {array.shape}")
+        advice = ": tokenise it first" if array.dtype.kind == "U" else ""
+        found = f"{array.dtype} of {array.shape}"
+        raise InvalidArgumentError(f"{name} must be one row of whole numbers, found {found}{advice}")
     # No int32 is too large, and a step's tokens usually are int32: one pass less.
     if np.minimum.reduce(array) < 0 or (array.dtype != np.int32 and np.maximum.reduce(array) > MAX_TOKEN_ID):
         wrong = array.min() if array.min() < 0 else array.max()

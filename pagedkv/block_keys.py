@@ -90,8 +90,10 @@ def _text(name: str, value: str) -> bytes:
 
 def check_salt(salt: bytes) -> None:
     """Raise InvalidArgumentError, which does not show it, unless this is a salt: at most 64 bytes. O(1)."""
-    if not isinstance(salt, bytes) or len(salt) > MAX_SALT_BYTES:
-        raise InvalidArgumentError(f"salt must be at most {MAX_SALT_BYTES} bytes, found {type(salt).__name__}")
+    if not isinstance(salt, bytes):
+        raise InvalidArgumentError(f"salt must be bytes, at most {MAX_SALT_BYTES} of them, found {type(salt).__name__}")
+    if len(salt) > MAX_SALT_BYTES:
+        raise InvalidArgumentError(f"salt must be at most {MAX_SALT_BYTES} bytes, found {len(salt)}")
 
 
 def check_adapter(adapter: str | None) -> None:

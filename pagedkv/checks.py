@@ -91,13 +91,17 @@ class Checks:
 def _recounting(method: Callable[..., Any], recount: Callable[[], None]) -> Callable[..., Any]:
     @wraps(method)
     def recounted(*args: Any, **options: Any) -> Any:
+        raised: BaseException | None = None
         try:
             return method(*args, **options)
+        except BaseException as error:
+            raised = error
+            raise
         finally:  # What raised must have changed nothing, so it is followed by a recount, too.
             try:
                 recount()
             except InvariantViolation as violation:
-                raise _found_after(violation, method.__name__) from None
+                raise _found_after(violation, method.__name__) from raised
 
     return recounted
 

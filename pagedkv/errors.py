@@ -22,10 +22,14 @@ class PagedKVError(Exception):
 
 
 class OutOfBlocksError(PagedKVError):
-    """Expected shortage: more blocks were asked for than can be had now. The `try_...` verbs return None instead."""
+    """Expected shortage: more blocks were asked for than can be had now. The `try_...` verbs return None instead.
 
-    def __init__(self, num_requested: int, num_free: int) -> None:
-        super().__init__(f"{num_requested} blocks requested, {num_free} can be had (free and evictable)")
+    `kind` says whose they are where both pools could be meant: "device" or "host".
+    """
+
+    def __init__(self, num_requested: int, num_free: int, kind: str = "") -> None:
+        blocks = f"{kind} blocks" if kind else "blocks"
+        super().__init__(f"{num_requested} {blocks} requested, {num_free} can be had (free and evictable)")
         self.num_requested = num_requested
         self.num_free = num_free
 

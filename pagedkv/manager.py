@@ -155,7 +155,8 @@ class KVCacheManager:
         """Check a prompt and return what memory keeps of it, with its number of tokens. O(n), hashes nothing yet."""
         if self.config.requires_salt and not salt:
             raise InvalidArgumentError(
-                "tenants share this memory (requires_salt): a sequence without a salt is refused"
+                "tenants share this memory (requires_salt): a sequence without a salt is refused, and so is a simulated "
+                "prompt, which has none"
             )
         if isinstance(prompt, SimulatedPrompt):
             if salt or adapter is not None or tuple(extras):
@@ -341,7 +342,7 @@ class KVCacheManager:
         copies = self.memory.try_swap_out(row)
         if copies is None:
             num_blocks = int(self.memory.sequences.num_blocks[row])
-            raise OutOfBlocksError(num_blocks, self.memory.host_pool.num_available)
+            raise OutOfBlocksError(num_blocks, self.memory.host_pool.num_available, "host")
         return copies
 
     def swap_in(self, sequence_id: Hashable) -> BlockCopies:
@@ -367,7 +368,8 @@ class KVCacheManager:
                 # If the step fails, nobody knows whether these copies were made.
                 self._step.note_append(row, len(hits) * self.config.block_size, copies)
         if copies is None:
-            raise OutOfBlocksError(memory.num_blocks_to_swap_in(row, hits), memory.pool.num_available)
+            num_needed = memory.num_blocks_to_swap_in(row, hits)
+            raise OutOfBlocksError(num_needed, memory.pool.num_available, "device")
         return copies
 
     # Looking

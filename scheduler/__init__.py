@@ -3,14 +3,28 @@
 from pagedkv.scheduler.bounds import steps_to_serve
 from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.drafts import DraftCounters
-from pagedkv.scheduler.events import Event, EventLog, EventSink
+from pagedkv.scheduler.events import (
+    Aborted,
+    Added,
+    Admitted,
+    Deferred,
+    Event,
+    EventLog,
+    EventSink,
+    Finished,
+    Preempted,
+    Refused,
+    StepFailed,
+)
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.outcome import StepOutcome
 from pagedkv.scheduler.plan import PlanDrafts, Seat, StepPlan
 from pagedkv.scheduler.preemption import Cheaper, PreemptionMode, PreemptionPolicy, Recompute, Swap
-from pagedkv.scheduler.recording import Recorder, RecordingError, replay_recording
+from pagedkv.scheduler.recording import Recorder, RecordingError
 from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError
+from pagedkv.scheduler.replay import replay_recording
 from pagedkv.scheduler.request import FinishReason, Request
+from pagedkv.scheduler.sample import Sample, SampleState
 from pagedkv.scheduler.scheduler import Scheduler
 from pagedkv.scheduler.step_events import Output, StepEvents
 
@@ -46,4 +60,14 @@ __all__ = [
     "VictimPolicy",
     "replay_recording",
     "steps_to_serve",
+    "Aborted",
+    "Added",
+    "Admitted",
+    "Deferred",
+    "Finished",
+    "Preempted",
+    "Refused",
+    "StepFailed",
+    "Sample",
+    "SampleState",
 ]

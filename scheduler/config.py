@@ -11,6 +11,7 @@ __all__ = ["SchedulerConfig"]
 
 MAX_BATCHED_TOKENS = 2**24
 MAX_RUNNING = 2**16
+DEFAULT_RUNNING = 256
 MAX_INTERVAL = 2**20
 MAX_PREEMPTIONS = 2**20
 MAX_WAITING = 2**24
@@ -37,7 +38,7 @@ class SchedulerConfig:
     """
 
     max_num_batched_tokens: int = 8192
-    max_num_running: int = 256
+    max_num_running: int = DEFAULT_RUNNING
     long_prefill_tokens: int | None = None
     admission_interval: int = 1
     chunked_prefill: bool = True
@@ -61,8 +62,9 @@ class SchedulerConfig:
             raise ConfigError(str(error)) from None
         if self.max_num_running > self.max_num_batched_tokens:
             raise ConfigError(
-                f"max_num_running {self.max_num_running} exceeds max_num_batched_tokens {self.max_num_batched_tokens}: "
-                "every running request needs one token a step"
+                f"max_num_running {self.max_num_running} exceeds max_num_batched_tokens {self.max_num_batched_tokens}, and "
+                f"every running request needs one token a step: pass max_num_running of at most {self.max_num_batched_tokens} "
+                f"(the default is {DEFAULT_RUNNING}), or a larger max_num_batched_tokens"
             )
         if self.long_prefill_tokens is not None and not self.chunked_prefill:
             raise ConfigError("long_prefill_tokens caps chunks of a prompt, so it needs chunked_prefill")

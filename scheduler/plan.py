@@ -84,7 +84,8 @@ class StepPlan:
     starts:           (n,) int64, position of its first one
     sampling_rows:    (s,) int64, rows that need a new token from this step's logits
     sampling_sources: (s,) int64, index into `rows` of the row whose last logits to sample from
-    admitted:         rows that begin or come back in this step, forks included
+    vacated:          (v,) int64, rows that lost their sample since the plan before: it ended, was aborted or preempted
+    admitted:         rows that begin or come back in this step, forks included; some may be among the vacated ones
     swaps_out, copies, swaps_in: block copies to make before the step, in this order
     drafts:           guessed tokens that are among those to compute, None if no row has any
     """
@@ -100,6 +101,7 @@ class StepPlan:
     copies: BlockCopies
     swaps_in: BlockCopies
     inputs: PlanInputs
+    vacated: Rows
     drafts: PlanDrafts | None = None
 
     @property

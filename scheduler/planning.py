@@ -123,6 +123,7 @@ class StepPlanner:
             copies=copies,
             swaps_in=grants.swaps_in,
             inputs=PlanInputs(self._memory, self._memory.end_planning(), is_decode=is_decode and granted is None),
+            vacated=self._running.take_vacated(),
             drafts=granted,
         )
 

@@ -1,29 +1,26 @@
-"""Record the inputs of a live scheduler, and make every decision again from the record.
+"""Record the inputs of a live scheduler, from which every decision can be made again.
 
-A recording is JSON lines: a header with the configuration, then one line per call. It holds prompts and sampled tokens,
-because decisions depend on them: keep it as you keep your users' prompts.
+A recording is JSON lines: a header with the configuration, then one line per call that did something. It holds prompts and
+sampled tokens, because decisions depend on them: keep it as you keep your users' prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, TextIO
 
 import numpy as np
 
-from pagedkv.arrays import Int32s, Rows, as_time, shown
-from pagedkv.block_keys import CacheIdentity, ExtraKey
-from pagedkv.config import CacheConfig
+from pagedkv.arrays import Int32s, Rows, as_time
 from pagedkv.content import SimulatedPrompt
 from pagedkv.errors import InvalidArgumentError, InvariantViolation, PagedKVError
-from pagedkv.eviction import make_policy
-from pagedkv.manager import KVCacheManager, Prompt
-from pagedkv.scheduler.config import MAX_PREEMPTIONS, SchedulerConfig
+from pagedkv.manager import KVCacheManager
+from pagedkv.scheduler.config import SchedulerConfig
 from pagedkv.scheduler.drafts import DraftCounters
-from pagedkv.scheduler.events import EventSink
 from pagedkv.scheduler.order import FCFS, LatestArrival, LowestPriority, Priority
 from pagedkv.scheduler.outcome import StepOutcome
 from pagedkv.scheduler.plan import StepPlan
@@ -33,11 +30,9 @@ from pagedkv.scheduler.scheduler import Scheduler
 from pagedkv.scheduler.step_events import StepEvents
 from pagedkv.statistics import PrefixCounters
 
-__all__ = ["Recorder", "RecordingError", "replay_recording"]
+__all__ = ["Recorder", "RecordingError", "digest_of"]
 
-VERSION = 1
-MAX_LINE_CHARS = 2**26
-"""Documented cap on one line: a prompt of the longest kind takes more, and an engine that serves such has other means."""
+VERSION = 2
 POLICIES = {
     policy.__name__: policy for policy in (FCFS, Priority, LatestArrival, LowestPriority, Recompute, Swap, Cheaper)
 }
@@ -51,8 +46,10 @@ class RecordingError(PagedKVError, ValueError):
 class Recorder:
     """A scheduler that writes down what is asked of it. Use it in the scheduler's place, for all but leaps.
 
-    Calls that raise are recorded too, since a refused request is a decision; `schedule` only if it made a plan, which is in
-    flight even if a sink raised. Not recorded is a call at a time that is no number. About 5 us a step, plus the tokens.
+    Recorded is what did something, and so each `add`, since a refused request is a decision; other calls unless they were
+    refused, and a step that could not be planned, behind which nothing can be replayed. What a sink raises changes nothing
+    of this. A call is written when it is over: what `file` raises comes when the work is done. About 70 us a step, plus the
+    tokens: as much as a step of few rows itself.
 
     Raises InvalidArgumentError for a scheduler that was used before, or whose memory was: what came of that is not in the
     recording, and later decisions depend on it.
@@ -62,6 +59,8 @@ class Recorder:
         _check_unused(scheduler)
         self.scheduler = scheduler
         self._file = file
+        self._under_way: list[dict[str, Any]] = []
+        self._depth = 0
         header = {
             "recording": VERSION,
             "cache": dataclasses.asdict(scheduler.manager.config),
@@ -79,37 +78,51 @@ class Recorder:
     def add(self, request: Request, now: float) -> None:
         """As Scheduler.add."""
         now = as_time(now)
-        self._write({"call": "add", "now": now, "request": _encode_request(request)})
-        self.scheduler.add(request, now)
+        record = {"call": "add", "now": now, "request": _encode_request(request)}
+        with self._recording(record):
+            try:
+                self.scheduler.add(request, now)
+            except BaseException as error:
+                record["raised"] = type(error).__name__
+                raise
 
     def abort(self, request_id: str, now: float) -> None:
         """As Scheduler.abort."""
         now = as_time(now)
-        self._write({"call": "abort", "now": now, "request_id": request_id})
-        self.scheduler.abort(request_id, now)
+        record = {"call": "abort", "now": now, "request_id": request_id} if request_id in self.scheduler else {}
+        with self._recording(record):
+            self.scheduler.abort(request_id, now)
 
     def schedule(self, now: float, drafts: Mapping[int, Sequence[int] | Int32s] | None = None) -> StepPlan:
-        """As Scheduler.schedule; the record holds the drafts, and a digest of the plan."""
+        """As Scheduler.schedule; the record holds the drafts, and the plan's number with a digest of it."""
         now = as_time(now)
         before = self.in_flight
-        try:
-            return self.scheduler.schedule(now, drafts)
-        finally:
-            plan = self.in_flight
-            if plan is not None and plan is not before:
-                self._write({"call": "schedule", "now": now, **_encode_drafts(drafts), "plan": _digest(plan)})
+        record: dict[str, Any] = {}
+        with self._recording(record):
+            try:
+                return self.scheduler.schedule(now, drafts)
+            except BaseException as error:
+                is_refusal = isinstance(error, PagedKVError) and not isinstance(error, InvariantViolation)
+                if self.in_flight is before and not is_refusal:
+                    record |= {"call": "schedule", "now": now, "failed": type(error).__name__}
+                raise
+            finally:
+                plan = self.in_flight
+                if plan is not None and plan is not before:
+                    record |= {"call": "schedule", "now": now, **_encode_drafts(drafts)}
+                    record |= {"step": plan.step, "plan": digest_of(plan)}
 
     def update(self, plan: StepPlan, outcome: StepOutcome | Sequence[int] | Int32s | None, now: float) -> StepEvents:
         """As Scheduler.update."""
         now = as_time(now)
-        self._write({"call": "update", "now": now, **_encode_outcome(outcome)})
-        return self.scheduler.update(plan, outcome, now)
+        with self._ending(plan, {"call": "update", "now": now, **_encode_outcome(outcome)}):
+            return self.scheduler.update(plan, outcome, now)
 
     def fail(self, plan: StepPlan, now: float, reason: str = "") -> None:
         """As Scheduler.fail."""
         now = as_time(now)
-        self._write({"call": "fail", "now": now, "reason": reason})
-        self.scheduler.fail(plan, now, reason)
+        with self._ending(plan, {"call": "fail", "now": now, "reason": reason}):
+            self.scheduler.fail(plan, now, reason)
 
     # Looking changes nothing, so it is not recorded
 
@@ -127,6 +140,9 @@ class Recorder:
     def in_flight(self) -> StepPlan | None:
         """As Scheduler.in_flight."""
         return self.scheduler.in_flight
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self.scheduler
 
     @property
     def has_work(self) -> bool:
@@ -166,6 +182,32 @@ class Recorder:
         """As Scheduler.check_invariants."""
         self.scheduler.check_invariants()
 
+    @contextmanager
+    def _recording(self, record: dict[str, Any]) -> Iterator[None]:
+        """Write the record, unless it is empty, when the call is over; before those of calls that a sink made meanwhile."""
+        self._under_way.append(record)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                records, self._under_way = self._under_way, []
+                for each in records:
+                    if each:
+                        self._write(each)
+
+    @contextmanager
+    def _ending(self, plan: StepPlan, record: dict[str, Any]) -> Iterator[None]:
+        """As `_recording`, unless the call is refused: for another plan than that in flight, or one that stays so."""
+        was_in_flight = plan is self.in_flight
+        with self._recording(record):
+            try:
+                yield
+            finally:
+                if not was_in_flight or plan is self.in_flight:
+                    record.clear()
+
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
@@ -181,69 +223,7 @@ def _check_unused(scheduler: Scheduler) -> None:
         )
 
 
-def replay_recording(
-    lines: Iterable[str], sink: EventSink | None = None, *, max_blocks: int = 2**20
-) -> Iterator[StepPlan]:
-    """Make every decision of a recording again, and yield each plan; `sink` gets the same events, byte for byte.
-
-    max_blocks: cap on either pool, at about 28 bytes a block: one line from elsewhere must not take all memory
-
-    Raises RecordingError for lines that cannot be read, and for a plan that differs from the recorded one.
-    """
-    numbered = enumerate(lines, start=1)
-    scheduler = _make_scheduler(_parse(*next(numbered, (1, ""))), sink, max_blocks)
-    plan: StepPlan | None = None
-    for number, line in numbered:
-        record = _parse(number, line)
-        try:
-            if record["call"] == "schedule":
-                plan = _plan_again(scheduler, record, number)
-                yield plan
-            else:
-                _call_again(scheduler, plan, record, number)
-        except KeyError as error:
-            raise RecordingError(f"line {number}: expected a call with its arguments, no {error} found") from None
-
-
-def _plan_again(scheduler: Scheduler, record: dict[str, Any], number: int) -> StepPlan:
-    try:
-        drafts = dict(record["drafts"]) if "drafts" in record else None
-    except (TypeError, ValueError):
-        raise RecordingError(
-            f"line {number}: expected drafts as pairs of a row and its tokens, found {type(record['drafts']).__name__}"
-        ) from None
-    try:
-        plan = scheduler.schedule(record["now"], drafts)
-    except PagedKVError as error:
-        raise RecordingError(f"line {number}: the step cannot be planned again: {error}") from None
-    if _digest(plan) != record["plan"]:
-        raise RecordingError(f"line {number}: step {plan.step} was recorded with another plan")
-    return plan
-
-
-def _call_again(scheduler: Scheduler, plan: StepPlan | None, record: dict[str, Any], number: int) -> None:
-    call, now = record["call"], record["now"]
-    if call not in ("add", "abort", "update", "fail"):
-        raise RecordingError(f"line {number}: expected add, abort, schedule, update or fail, found {call!r}")
-    if plan is None and call in ("update", "fail"):
-        raise RecordingError(f"line {number}: expected schedule before {call}")
-    request = _decode_request(record["request"], number) if call == "add" else None
-    try:
-        if request is not None:
-            scheduler.add(request, now)
-        elif call == "abort":
-            scheduler.abort(record["request_id"], now)
-        elif plan is not None and call == "update":
-            scheduler.update(plan, _decode_outcome(record), now)
-        elif plan is not None:
-            scheduler.fail(plan, now, str(record["reason"]))
-    except InvariantViolation:
-        raise
-    except PagedKVError:
-        pass  # What raises now raised when it was recorded, too, and changed nothing.
-
-
-def _digest(plan: StepPlan) -> str:
+def digest_of(plan: StepPlan) -> str:
     """What a plan decides, in 16 hex digits."""
     arrays = (plan.rows, plan.num_tokens, plan.starts, plan.sampling_rows, plan.sampling_sources)
     pairs = (plan.swaps_out, plan.copies, plan.swaps_in)
@@ -270,55 +250,13 @@ def _encode_outcome(outcome: StepOutcome | Sequence[int] | Int32s | None) -> dic
     }
 
 
-def _decode_outcome(record: dict[str, Any]) -> StepOutcome | list[int] | None:
-    if "num_tokens" not in record:
-        tokens: list[int] | None = record["token_ids"]
-        return tokens
-    return StepOutcome(record["token_ids"], record["num_tokens"], record["stopped"])
-
-
-def _plain(values: object) -> Any:
-    """An array or a sequence as JSON takes it."""
-    return None if values is None else np.asarray(values).tolist()
-
-
-def _parse(number: int, line: str) -> dict[str, Any]:
-    """A line's object. No error shows what the line holds: it may be somebody's prompt."""
-    if len(line) > MAX_LINE_CHARS:
-        raise RecordingError(f"line {number}: expected at most {MAX_LINE_CHARS} characters, found {len(line)}")
+def _plain(values: Any) -> Any:
+    """Whole numbers or booleans as JSON takes them; None for anything else, which the scheduler refuses."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise RecordingError(f"line {number}: expected a JSON object, found {len(line)} characters that are none")
-    return record
-
-
-def _make_scheduler(header: dict[str, Any], sink: EventSink | None, max_blocks: int) -> Scheduler:
-    if header.get("recording") != VERSION:
-        raise RecordingError(f"line 1: expected a recording of version {VERSION}, found {header.get('recording')!r}")
-    try:
-        config = _cache_config(header["cache"], max_blocks)
-        manager = KVCacheManager(config, eviction=make_policy(header["eviction"], config.num_blocks))
-        policies: dict[str, Any] = {}
-        for role in ROLES:
-            fields = dict(header[role])
-            policies[role] = POLICIES[fields.pop("name")](**fields)
-        # Recordings of before there was a bound on preemptions hold none.
-        limits = {"max_preemptions": MAX_PREEMPTIONS, **header["scheduler"]}
-        return Scheduler(SchedulerConfig(**limits), manager, sink=sink, **policies)
-    except RecordingError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordingError(f"line 1: the header does not describe a scheduler: {shown(str(error))}") from None
-
-
-def _cache_config(fields: dict[str, Any], max_blocks: int) -> CacheConfig:
-    config = CacheConfig(**{**fields, "identity": CacheIdentity(**fields["identity"])})
-    if max(config.num_blocks, config.num_host_blocks) > max_blocks:
-        raise RecordingError(f"line 1: expected pools of at most {max_blocks} blocks, found more")
-    return config
+        array = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array.tolist() if array.dtype.kind in "iub" or not array.size else None
 
 
 def _encode_request(request: Request) -> dict[str, Any]:
@@ -327,7 +265,7 @@ def _encode_request(request: Request) -> dict[str, Any]:
         ids = np.asarray(prompt.content_ids).tolist()
         encoded: Any = {"num_tokens": prompt.num_tokens, "ids": ids, "size": prompt.content_block_size}
     else:
-        encoded = np.asarray(prompt).tolist()
+        encoded = _plain(prompt)
     extras = [[extra.start, extra.stop, extra.digest.hex()] for extra in request.extras]
     plain = {
         field.name: getattr(request, field.name)
@@ -336,17 +274,3 @@ def _encode_request(request: Request) -> dict[str, Any]:
     }
     stops = sorted(request.stop_token_ids)
     return {**plain, "prompt": encoded, "salt": request.salt.hex(), "extras": extras, "stop_token_ids": stops}
-
-
-def _decode_request(fields: dict[str, Any], number: int) -> Request:
-    """The request of an `add`. Whatever was recorded was one, so one that cannot be made is a RecordingError."""
-    try:
-        encoded = fields["prompt"]
-        prompt: Prompt = encoded
-        if isinstance(encoded, dict):
-            prompt = SimulatedPrompt(encoded["num_tokens"], encoded["ids"], encoded["size"])
-        extras = tuple(ExtraKey(start, stop, bytes.fromhex(digest)) for start, stop, digest in fields["extras"])
-        salt = bytes.fromhex(fields["salt"])
-        return Request(**{**fields, "prompt": prompt, "salt": salt, "extras": extras})
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordingError(f"line {number}: expected a request, found {type(error).__name__} in it") from None

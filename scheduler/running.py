@@ -10,6 +10,8 @@ from pagedkv.scheduler.sample import Sample, SampleState
 
 __all__ = ["RunningRows"]
 
+NO_ROWS = np.empty(0, np.int64)
+
 
 class RunningRows:
     """Which rows run, in order of admission, with what the hot path must know of each.
@@ -21,6 +23,7 @@ class RunningRows:
     samples:         (rows,) object, the sample, None where no sample runs
     num_seats:       seats taken: one a row, and those kept for samples that are still to fork off
     unforked:        rows whose request has more samples to come, once its prompt is computed
+    vacated:         rows that were removed and that no plan has told yet
     """
 
     __slots__ = (
@@ -37,6 +40,7 @@ class RunningRows:
         "samples",
         "serials",
         "unforked",
+        "vacated",
     )
 
     def __init__(self, num_rows: int = 64) -> None:
@@ -53,6 +57,7 @@ class RunningRows:
         self._is_lent = False
         self.num_seats = 0
         self.unforked: dict[int, Sample] = {}
+        self.vacated: set[int] = set()
 
     def __len__(self) -> int:
         return self._num_rows - self._num_gaps
@@ -109,7 +114,16 @@ class RunningRows:
         self._num_gaps += 1
         self.num_seats -= sample.num_samples
         self.unforked.pop(sample.row, None)
+        self.vacated.add(sample.row)
         self._set_sample(sample.row, None)
+
+    def take_vacated(self) -> Rows:
+        """(v,) int64, ascending: rows that were removed since this was asked for, who may run again. O(v log v)."""
+        if not self.vacated:
+            return NO_ROWS
+        rows = np.array(sorted(self.vacated), np.int64)
+        self.vacated.clear()
+        return rows
 
     def mark_forked(self, sample: Sample) -> None:
         """The other samples of this one's request are about to get rows, and take the seats kept for them."""

@@ -24,7 +24,8 @@ class SampleState(StrEnum):
 class Sample:
     """One output of one request, from arrival to end. Touched only when its state changes, never per step.
 
-    While it runs or is swapped out it owns row `row` of the tables; while it waits, `content` and `num_known` stand for it.
+    While it runs or is swapped out it owns row `row` of the tables; while it waits, and when it has ended by itself, `content`
+    and `num_known` stand for it.
     """
 
     __slots__ = (

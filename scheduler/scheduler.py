@@ -320,6 +320,10 @@ class Scheduler:
         """Whether any request is waiting, running or swapped out. O(1)."""
         return bool(self._live)
 
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request of this id is live: waiting, running or swapped out. O(1)."""
+        return isinstance(request_id, str) and request_id in self._live
+
     @property
     def num_running(self) -> int:
         """Samples that hold a seat. O(1)."""
@@ -346,7 +350,10 @@ class Scheduler:
         return self._memory.sequences.block_tables
 
     def outputs(self, request_id: str) -> dict[int, Int32s]:
-        """New tokens so far of each live sample of a request, by sample index. O(tokens). Raises UnknownIdError."""
+        """New tokens so far of each live sample of a request, by sample index. O(tokens). Raises UnknownIdError.
+
+        A sample that ended is not among them: its tokens are with it, in the events of the update that ended it.
+        """
         samples = self._live.get(request_id) if isinstance(request_id, str) else None
         if samples is None:
             raise UnknownIdError(f"no live request {shown(request_id)}")
@@ -370,7 +377,8 @@ class Scheduler:
         finished = ended_samples(self._memory, self._running, self._kinds, computed_rows=computed_rows, new=new)
         step = self._step - 1
         for sample, reason in finished:
-            num_output = int(self._memory.sequences.num_known[sample.row]) - sample.num_prompt
+            sample.num_known = int(self._memory.sequences.num_known[sample.row])
+            num_output = sample.num_known - sample.num_prompt
             self._end(sample)
             request_id, idx = sample.request.request_id, sample.sample_idx
             self._events.append(Finished(now, step, request_id, idx, reason, num_output, sample.num_preemptions))

@@ -30,7 +30,7 @@ class StepEvents:
     rows:       (s,) int64, rows that got tokens
     token_ids:  (t,) int32, packed row after row, or None where tokens are only simulated
     seated:     (rows,) object, by row of the tables: the sample that had it
-    finished:   samples that ended, with the reason
+    finished:   samples that ended, with the reason; `output_token_ids` of each are its tokens, the next plan vacates its row
     num_tokens: (s,) int64, how many tokens each row got: those behind a stop token are dropped; None: one each
     """
 

@@ -52,6 +52,9 @@ def test_the_largest_token_id_is_accepted() -> None:
         ["1"],
         "12",
         [True],
+        [True, 1],
+        (5, 1, False),
+        [7] * 40 + [np.True_],
         [[1, 2]],
         [[1], [1, 2]],
         np.array(3),
@@ -64,3 +67,16 @@ def test_the_largest_token_id_is_accepted() -> None:
 def test_other_token_ids_are_refused_by_name(values: object) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^prompt must be"):
         as_token_ids("prompt", values)
+
+
+@pytest.mark.parametrize("values", ["hello", "", ["hel", "lo"], np.array(["hello"])])
+def test_a_text_is_to_be_made_tokens_first(values: object) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"^prompt must be one row of whole numbers, found .*: tokenise it first$"
+    ):
+        as_token_ids("prompt", values)
+
+
+@pytest.mark.parametrize("values", [[0, 1], [1] * 40, (0, 1), [np.int64(1), 0]])
+def test_whole_numbers_that_equal_booleans_are_tokens(values: object) -> None:
+    assert as_token_ids("prompt", values).tolist() == list(values)

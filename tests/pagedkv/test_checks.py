@@ -139,3 +139,18 @@ def test_without_checks_the_methods_are_the_class_own() -> None:
 def test_a_level_is_one_of_three(check: object) -> None:
     with pytest.raises(ConfigError, match="off, cheap, full"):
         KVCacheManager(CacheConfig(4), check=check)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("the cause"), KeyboardInterrupt()])
+def test_a_violation_after_a_verb_that_raised_keeps_what_it_raised_as_its_cause(error, monkeypatch) -> None:
+    manager = make_manager("full")
+
+    def broken(*_: object) -> None:
+        manager.memory.pool._num_free = -1
+        raise error
+
+    monkeypatch.setattr(type(manager.memory), "truncate", broken)
+    with pytest.raises(InvariantViolation, match="found after truncate") as caught:
+        manager.truncate("a", 3)
+
+    assert caught.value.__cause__ is error

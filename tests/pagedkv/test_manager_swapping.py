@@ -46,7 +46,7 @@ def test_the_host_pool_can_be_filled_exactly() -> None:
     manager.open("b", [1])
     manager.append("b", 1)
     before = digest(manager)
-    with pytest.raises(OutOfBlocksError, match="1 blocks requested, 0 can be had"):
+    with pytest.raises(OutOfBlocksError, match="1 host blocks requested, 0 can be had"):
         manager.swap_out("b")
     assert digest(manager) == before
 
@@ -59,7 +59,7 @@ def test_the_device_pool_can_be_filled_exactly_by_a_swap_in() -> None:
     manager.open("b", [9])
     manager.append("b", 1)
     before = digest(manager)
-    with pytest.raises(OutOfBlocksError, match="2 blocks requested, 1 can be had"):
+    with pytest.raises(OutOfBlocksError, match="2 device blocks requested, 1 can be had"):
         manager.swap_in("a")
     assert digest(manager) == before
     manager.close("b")
@@ -74,7 +74,7 @@ def test_hits_that_nobody_holds_count_against_a_swap_in() -> None:
     manager.open("b", [9])
     manager.append("b", 1)  # It takes block 1; block 0 is still cached.
     before = digest(manager)
-    with pytest.raises(OutOfBlocksError, match="2 blocks requested, 1 can be had"):
+    with pytest.raises(OutOfBlocksError, match="2 device blocks requested, 1 can be had"):
         manager.swap_in("a")
     assert digest(manager) == before
 

@@ -16,6 +16,7 @@ from pagedkv import (
     KVCacheManager,
     SimulatedPrompt,
     StalePlanError,
+    UnknownIdError,
 )
 from pagedkv.eviction import make_policy
 from pagedkv.scheduler import (
@@ -34,7 +35,25 @@ from pagedkv.scheduler import (
     StepOutcome,
     replay_recording,
 )
+from pagedkv.scheduler.catch_up import CatchUp
 from pagedkv.scheduler.events import Admitted
+
+FIRST_VERSION = [
+    (
+        '{"recording":1,"cache":{"num_blocks":8,"block_size":2,"num_host_blocks":0,"prefix_caching":true,'
+        '"identity":{"model":"","kv_dtype":""}},"eviction":"lru","scheduler":{"max_num_batched_tokens":32,"max_num_running":4,'
+        '"long_prefill_tokens":null,"chunked_prefill":true,"watermark":0,"max_bypasses":4},"policy":{"name":"FCFS"},'
+        '"victim":{"name":"LatestArrival"},"preemption":{"name":"Recompute"}}'
+    ),
+    (
+        '{"call":"add","now":0.0,"request":{"request_id":"a","max_new_tokens":2,"priority":0.0,"client":null,'
+        '"adapter":null,"n":1,"reads_cache":true,"prompt":[1,2,3],"salt":"","extras":[],"stop_token_ids":[]}}'
+    ),
+    '{"call":"schedule","now":0.0,"plan":"0948902ff8b4bbe6"}',
+    '{"call":"update","now":1.0,"token_ids":[7]}',
+    '{"call":"schedule","now":1.0,"plan":"c8706ed790bce8fb"}',
+    '{"call":"update","now":2.0,"token_ids":[8]}',
+]
 
 
 def record() -> tuple[list[str], str]:
@@ -95,7 +114,7 @@ def test_a_recording_that_leads_elsewhere_is_refused_by_its_line() -> None:
     [
         ([], "line 1: expected a JSON object, found 0 characters"),
         (["[]"], "line 1: expected a JSON object"),
-        (['{"recording":99}'], "expected a recording of version 1, found 99"),
+        (['{"recording":99}'], "expected a recording of version 1 or 2, found 99"),
         (['{"recording":1}'], "the header does not describe a scheduler"),
         (["header", "{"], "line 2: expected a JSON object"),
         (
@@ -179,7 +198,7 @@ def test_drafts_and_outcomes_are_recorded_and_replayed() -> None:
 def test_calls_without_drafts_are_recorded_as_ever() -> None:
     recording, _ = record_drafts()
 
-    assert list(json.loads(recording[3])) == ["call", "now", "plan"]
+    assert list(json.loads(recording[3])) == ["call", "now", "step", "plan"]
     assert recording[4] == '{"call":"update","now":1.0,"token_ids":[7,7]}'
 
 
@@ -191,25 +210,8 @@ def test_a_recording_with_other_drafts_is_refused_by_its_line() -> None:
         list(replay_recording(recording))
 
 
-def test_a_recording_of_before_there_were_drafts_replays() -> None:
-    lines = [
-        (
-            '{"recording":1,"cache":{"num_blocks":8,"block_size":2,"num_host_blocks":0,"prefix_caching":true,'
-            '"identity":{"model":"","kv_dtype":""}},"eviction":"lru","scheduler":{"max_num_batched_tokens":32,"max_num_running":4,'
-            '"long_prefill_tokens":null,"chunked_prefill":true,"watermark":0,"max_bypasses":4},"policy":{"name":"FCFS"},'
-            '"victim":{"name":"LatestArrival"},"preemption":{"name":"Recompute"}}'
-        ),
-        (
-            '{"call":"add","now":0.0,"request":{"request_id":"a","max_new_tokens":2,"priority":0.0,"client":null,'
-            '"adapter":null,"n":1,"reads_cache":true,"prompt":[1,2,3],"salt":"","extras":[],"stop_token_ids":[]}}'
-        ),
-        '{"call":"schedule","now":0.0,"plan":"0948902ff8b4bbe6"}',
-        '{"call":"update","now":1.0,"token_ids":[7]}',
-        '{"call":"schedule","now":1.0,"plan":"c8706ed790bce8fb"}',
-        '{"call":"update","now":2.0,"token_ids":[8]}',
-    ]
-
-    assert [plan.num_tokens.tolist() for plan in replay_recording(lines)] == [[3], [1]]
+def test_a_recording_of_the_first_version_replays() -> None:
+    assert [plan.num_tokens.tolist() for plan in replay_recording(FIRST_VERSION)] == [[3], [1]]
 
 
 def test_a_recording_of_before_there_was_a_bound_on_preemptions_replays_without_one() -> None:
@@ -388,3 +390,180 @@ def test_a_header_that_describes_no_scheduler_is_refused(field, value) -> None:
 
     with pytest.raises(RecordingError, match="line 1: the header does not describe a scheduler"):
         list(replay_recording([json.dumps(header)]))
+
+
+def recorder(**options: object) -> tuple[Recorder, io.StringIO]:
+    """A recorded scheduler with room for everybody, and what it writes."""
+    recording = io.StringIO()
+    manager = KVCacheManager(CacheConfig(64, 4))
+    return Recorder(Scheduler(SchedulerConfig(64, 4), manager, **options), recording), recording
+
+
+def calls(recording: io.StringIO) -> list[str]:
+    return [json.loads(line)["call"] for line in recording.getvalue().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("verb", ["update", "fail"])
+def test_an_update_or_failure_of_an_old_plan_is_not_replayed_upon_the_one_in_flight(verb: str) -> None:
+    scheduler, recording = recorder()
+    scheduler.add(Request("a", [1, 2, 3], 6), 0.0)
+    old = scheduler.schedule(0.0)
+    scheduler.update(old, [5], 0.0)
+    plan = scheduler.schedule(1.0)
+    with pytest.raises(StalePlanError):
+        scheduler.update(old, [99], 1.0) if verb == "update" else scheduler.fail(old, 1.0)
+    scheduler.update(plan, [6], 1.0)
+    plans = replay_recording(recording.getvalue().splitlines())
+
+    assert calls(recording) == ["add", "schedule", "update", "schedule", "update"]
+    assert [len(plan.rows) for plan in plans] == [1, 1]
+
+
+def test_a_replay_ends_with_the_tokens_that_were_sampled_and_not_those_that_were_refused() -> None:
+    scheduler, recording = recorder()
+    scheduler.add(Request("a", [1, 2, 3], 6), 0.0)
+    old = scheduler.schedule(0.0)
+    scheduler.update(old, [5], 0.0)
+    plan = scheduler.schedule(1.0)
+    for refused, tokens in ((old, [99]), (plan, [98, 97]), (plan, "96")):
+        with pytest.raises(InvalidArgumentError if refused is plan else StalePlanError):
+            scheduler.update(refused, tokens, 1.0)
+    scheduler.update(plan, [6], 1.0)
+    scheduler.schedule(2.0)
+
+    last = list(replay_recording(recording.getvalue().splitlines()))[-1]
+
+    assert last.token_ids.tolist() == [6]
+    assert '"99"' not in recording.getvalue()
+
+
+def test_a_step_whose_planning_failed_is_recorded_and_not_replayed_as_if_it_had_not_been(monkeypatch) -> None:
+    scheduler, recording = recorder()
+    scheduler.add(Request("a", [1, 2, 3], 6), 0.0)
+    scheduler.update(scheduler.schedule(0.0), [5], 0.0)
+    with monkeypatch.context() as short_of_memory:
+        short_of_memory.setattr(CatchUp, "plan", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            scheduler.schedule(1.0)
+    assert scheduler.schedule(2.0).step == 2
+    replayed = replay_recording(recording.getvalue().splitlines())
+
+    assert next(replayed).step == 0
+    with pytest.raises(RecordingError, match="line 5: planning this step raised MemoryError when it was recorded"):
+        next(replayed)
+
+
+def test_a_step_of_another_number_is_refused_by_its_line() -> None:
+    recording, _ = record()
+    recording[4] = recording[4].replace('"step":0', '"step":3')
+
+    with pytest.raises(RecordingError, match="line 5: expected step 3, found step 0"):
+        list(replay_recording(recording))
+
+
+@pytest.mark.parametrize(
+    ("line", "raised", "message"),
+    [
+        (
+            1,
+            "RequestTooLargeError",
+            "line 2: expected add to raise RequestTooLargeError as it did, found nothing raised",
+        ),
+        (3, None, "line 4: expected add to raise nothing as it did, found RequestTooLargeError"),
+        (3, "QueueFullError", "line 4: expected add to raise QueueFullError as it did, found RequestTooLargeError"),
+    ],
+)
+def test_a_request_that_is_refused_in_one_of_record_and_replay_alone_is_told(line, raised, message) -> None:
+    recording, _ = record()
+    recording[line] = json.dumps({**json.loads(recording[line]), "raised": raised})
+
+    with pytest.raises(RecordingError, match=message):
+        list(replay_recording(recording))
+
+
+@pytest.mark.parametrize("call", ["abort", "update", "fail"])
+def test_what_was_done_when_it_was_recorded_and_is_refused_now_is_told(call: str) -> None:
+    recording, _ = record()
+    number = next(n for n, line in enumerate(recording) if f'"call":"{call}"' in line)
+    recording.insert(number, recording[number])
+
+    with pytest.raises(RecordingError, match=f"line {number + 2}: expected {call} to raise nothing as it did, found"):
+        list(replay_recording(recording))
+
+
+def test_what_a_sink_raises_is_no_refusal() -> None:
+    class Full:
+        def emit(self, event: object) -> None:
+            raise OSError("the disk is full")
+
+    scheduler, recording = recorder(sink=Full())
+    with pytest.raises(OSError, match="the disk is full"):
+        scheduler.add(Request("a", [1, 2, 3], 1), 0.0)
+    with pytest.raises(OSError, match="the disk is full"):
+        scheduler.add(Request("huge", [1] * 1000, 1), 0.0)
+    with pytest.raises(OSError, match="the disk is full"):
+        scheduler.schedule(0.0)
+    with pytest.raises(OSError, match="the disk is full"):
+        scheduler.update(scheduler.in_flight, [7], 0.0)
+
+    assert [plan.num_tokens.tolist() for plan in replay_recording(recording.getvalue().splitlines())] == [[3]]
+    assert calls(recording) == ["add", "add", "schedule", "update"]
+
+
+def test_calls_that_a_sink_makes_are_recorded_behind_the_one_that_they_came_of() -> None:
+    class Impatient:
+        def emit(self, event: object) -> None:
+            if isinstance(event, Admitted):
+                scheduler.abort("b", 0.0)
+
+    scheduler, recording = recorder(sink=Impatient())
+    scheduler.add(Request("a", [1, 2, 3], 2), 0.0)
+    scheduler.add(Request("b", [4, 5], 2), 0.0)
+    with pytest.raises(UnknownIdError):  # Both are admitted, and "b" is aborted once.
+        scheduler.schedule(0.0)
+    scheduler.update(scheduler.in_flight, [7, 8], 0.0)
+    scheduler.update(scheduler.schedule(1.0), [9], 1.0)
+
+    assert calls(recording) == ["add", "add", "schedule", "abort", "update", "schedule", "update"]
+    assert [plan.num_rows for plan in replay_recording(recording.getvalue().splitlines())] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda r: r.abort({"a"}, 0.0), UnknownIdError),
+        (lambda r: r.abort("b", 0.0), UnknownIdError),
+        (lambda r: r.add(Request("b", [object()], 1), 0.0), InvalidArgumentError),
+        (lambda r: r.add(Request("b", {"a": 1}, 1), 0.0), InvalidArgumentError),
+        (lambda r: r.add(Request("b", [[1], [1, 2]], 1), 0.0), InvalidArgumentError),
+        (lambda r: r.add(Request("b", 5, 1), 0.0), InvalidArgumentError),
+        (lambda r: r.schedule(0.0, {object(): [1]}), InvalidArgumentError),
+        (lambda r: r.update(None, object(), 0.0), InvalidArgumentError),
+        (lambda r: r.update(r.schedule(0.0), [[1], [1, 2]], 0.0), InvalidArgumentError),
+    ],
+)
+def test_a_recorder_refuses_what_json_cannot_write_as_its_scheduler_does(call, error) -> None:
+    scheduler, recording = recorder()
+    scheduler.add(Request("a", [1, 2, 3], 2), 0.0)
+    with pytest.raises(error):
+        call(scheduler)
+    scheduler.update(scheduler.in_flight or scheduler.schedule(0.0), {7}, 0.0)
+
+    assert len(list(replay_recording(recording.getvalue().splitlines()))) == 1
+
+
+def test_refused_calls_in_a_recording_of_the_first_version_are_refused_again() -> None:
+    add, schedule = FIRST_VERSION[1], FIRST_VERSION[2]
+    abort = '{"call":"abort","now":0.0,"request_id":"b"}'
+    wrong = '{"call":"update","now":1.0,"token_ids":[7,7]}'
+    lines = [FIRST_VERSION[0], add, add, abort, schedule, wrong, *FIRST_VERSION[3:]]
+
+    assert [plan.num_tokens.tolist() for plan in replay_recording(lines)] == [[3], [1]]
+
+
+def test_a_recording_of_the_first_version_in_which_an_old_plan_was_updated_is_refused_by_its_line() -> None:
+    stale = '{"call":"update","now":1.0,"token_ids":[99]}'
+    lines = [*FIRST_VERSION[:5], stale, FIRST_VERSION[5]]
+
+    with pytest.raises(RecordingError, match="line 7: version 1 does not tell which plan an update is of"):
+        list(replay_recording(lines))

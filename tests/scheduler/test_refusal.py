@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from small_scheduler import Events, finish, make_scheduler, request
 
@@ -166,3 +168,12 @@ def test_a_name_or_a_class_in_place_of_an_object_is_refused_at_once(wrong, messa
     parts = {"config": SchedulerConfig(8, 4), "manager": KVCacheManager(CacheConfig(4))} | wrong
     with pytest.raises(ConfigError, match=message):
         Scheduler(parts.pop("config"), parts.pop("manager"), **parts)
+
+
+def test_a_budget_below_the_default_number_of_seats_is_refused_with_what_to_change() -> None:
+    message = (
+        "max_num_running 256 exceeds max_num_batched_tokens 128, and every running request needs one token a step: "
+        "pass max_num_running of at most 128 (the default is 256), or a larger max_num_batched_tokens"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        SchedulerConfig(max_num_batched_tokens=128)

@@ -87,4 +87,9 @@ def test_more_bytes_are_refused_without_being_shown(salt: bytes) -> None:
     with pytest.raises(InvalidArgumentError) as error:
         root_key(CacheIdentity(), 16, salt=salt)
 
-    assert str(error.value) == "salt must be at most 64 bytes, found bytes"
+    assert str(error.value) == f"salt must be at most 64 bytes, found {len(salt)}"
+
+
+def test_a_salt_that_is_no_bytes_is_refused_by_its_type() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^salt must be bytes, at most 64 of them, found str$"):
+        root_key(CacheIdentity(), 16, salt="tenant")

@@ -235,7 +235,7 @@ def test_a_run_s_header_takes_at_most_a_mebibyte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_blocks", [2**20 - 1, 2**20, 2**20 + 1])
 def test_a_recording_s_pools_have_at_most_a_million_blocks_unless_more_are_allowed(num_blocks: int) -> None:
     header = {
-        "recording": 1,
+        "recording": 2,
         "cache": {"num_blocks": 4, "num_host_blocks": num_blocks, "identity": {}},
         "eviction": "lru",
         "scheduler": {},
@@ -254,7 +254,7 @@ def test_a_recording_s_pools_have_at_most_a_million_blocks_unless_more_are_allow
 
 
 def test_a_line_of_a_recording_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagedkv.scheduler.recording.MAX_LINE_CHARS", 8)
+    monkeypatch.setattr("pagedkv.scheduler.replay.MAX_LINE_CHARS", 8)
     for line in (" " * 7, " " * 8):
         with pytest.raises(RecordingError, match="expected a JSON object"):
             list(replay_recording([line]))

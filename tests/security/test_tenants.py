@@ -116,3 +116,9 @@ def test_with_a_salt_per_tenant_twins_agree_under_longest_prefix_first() -> None
     for seed in range(20):
         first, second = twins(seed, APART, policy=LongestPrefixFirst)
         assert first == second, f"seed {seed}"
+
+
+def test_memory_that_requires_salts_says_that_simulated_prompts_have_none() -> None:
+    manager = KVCacheManager(CacheConfig(num_blocks=16, block_size=2, requires_salt=True))
+    with pytest.raises(InvalidArgumentError, match="and so is a simulated prompt, which has none"):
+        manager.open("a", SimulatedPrompt(4))
