@@ -75,12 +75,18 @@ class CatchUp:
             self._admission.is_open = True
 
     def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
-        """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts."""
+        """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts.
+
+        Who wants one token gets it, wherever it stands: there is one for each, and a prompt that was admitted before it
+        would otherwise take the whole budget, step after step.
+        """
         cap = self._config.long_prefill_tokens
         if cap is not None and np.count_nonzero(wanted > 1) + len(self._queue) > 1:
             wanted = np.minimum(wanted, cap)
-        before = wanted.cumsum() - wanted
-        shared = (self._config.max_num_batched_tokens - before).clip(0, wanted)
+        is_single = wanted == 1
+        longer = np.where(is_single, 0, wanted)
+        num_left = self._config.max_num_batched_tokens - np.count_nonzero(is_single)
+        shared = (num_left - longer.cumsum() + longer).clip(0, longer) + is_single
         if shared.all():
             return rows, starts, shared
         gets_some = shared > 0
