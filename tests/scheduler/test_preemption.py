@@ -41,6 +41,17 @@ def test_under_priorities_the_least_important_is_preempted() -> None:
     assert {event.request_id for event in sink.named("Preempted")} == {"a"}
 
 
+def test_an_urgent_request_keeps_its_seat_though_nobody_said_who_is_to_lose_it() -> None:
+    sink = Events()
+    scheduler = make_scheduler(num_blocks=4, policy=Priority(ageing_per_s=0), sink=sink)
+    scheduler.add(request("patient", 7, 9, priority=9), 0.0)
+    scheduler.add(request("urgent", 7, 9, priority=0), 1.0)
+
+    finish(scheduler)
+
+    assert {event.request_id for event in sink.named("Preempted")} == {"patient"}
+
+
 def test_only_as_many_lose_their_seat_as_blocks_are_needed() -> None:
     sink = Events()
     scheduler = make_scheduler(num_blocks=6, sink=sink)

@@ -197,7 +197,7 @@ def test_a_recording_of_before_there_were_drafts_replays() -> None:
             '{"recording":1,"cache":{"num_blocks":8,"block_size":2,"num_host_blocks":0,"prefix_caching":true,'
             '"identity":{"model":"","kv_dtype":""}},"eviction":"lru","scheduler":{"max_num_batched_tokens":32,"max_num_running":4,'
             '"long_prefill_tokens":null,"chunked_prefill":true,"watermark":0,"max_bypasses":4},"policy":{"name":"FCFS"},'
-            '"victim":{"name":"LatestArrival"},"preemption":{"name":"Recompute"}}'
+            '"victim":{"name":"LowestPriority"},"preemption":{"name":"Recompute"}}'
         ),
         (
             '{"call":"add","now":0.0,"request":{"request_id":"a","max_new_tokens":2,"priority":0.0,"client":null,'
