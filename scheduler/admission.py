@@ -36,8 +36,10 @@ class Admission:
     """Admits from the front of the queue while seats, token budget and blocks last.
 
     A sample gets in if its whole prompt fits beside what was promised to prompts under way, and a watermark of blocks
-    stays available, unless nothing runs. One that does not fit lets at most `max_bypasses` later ones pass, over all
-    its time in the queue, then nobody; since no one joins behind it any more, running samples drain until it fits.
+    stays available, unless nothing runs. One for which seats, blocks, or without chunks the tokens that decodes leave are
+    too few lets at most `max_bypasses` later ones pass, over all its time in the queue, then nobody; since no one joins
+    behind it any more, running samples drain until it fits. Nobody passes one that lacks only what others were given of
+    the same step: the next one begins with it.
 
     A sample that was preempted `max_preemptions` times is *settled* when it comes back: it keeps its seat until it ends.
     It gets in only if all blocks that it may ever need, and those of the other settled ones, make up no more than the
@@ -80,34 +82,41 @@ class Admission:
 
         O(admitted + bypassed), plus each admitted one's blocks. If it raises, `grants` holds what was admitted before.
         """
-        queue = self._queue
+        queue, running, max_running = self._queue, self._running, self._config.max_num_running
         blocked: list[Sample] = []
+        budget_left = budget
         self.is_open = False
-        while len(queue) > len(blocked):
+        while len(queue) > len(blocked) and self._may_pass(blocked):
             sample = queue.nth(len(blocked))
-            if self._running.num_seats + sample.num_samples > self._config.max_num_running:
-                self._defer(sample, "no seat", now, step)
-                break
-            chunk = self._chunk(sample, budget, num_prefilling)
-            if chunk == 0:
-                self._defer(sample, "no token budget", now, step)
+            if running.num_seats + sample.num_samples > max_running:
+                reason = "no seat"
+                nobody_passes = running.num_seats == max_running
+            elif not (chunk := self._chunk(sample, budget_left, num_prefilling)):
+                reason = "no token budget"
                 self.is_open = True
-                break
-            if self._try_admit(sample, chunk, num_promised, grants, now, step):
-                budget -= grants.num_tokens[-1]
+                # What others were given of this step, it gets of the next one. What decodes take, it may never get.
+                nobody_passes = not budget_left or self._chunk(sample, budget, num_prefilling) > 0
+            elif not self._try_admit(sample, chunk, num_promised, grants, now, step):
+                reason = "no blocks"
+                nobody_passes = False
+            else:
+                budget_left -= grants.num_tokens[-1]
                 rest = int(self._memory.sequences.num_known[sample.row]) - grants.starts[-1] - grants.num_tokens[-1]
                 num_prefilling += 1 if rest else 0
                 num_promised += cdiv(rest, self._memory.block_size)
                 for passed in blocked:
                     passed.num_bypasses += 1
                     self.is_open = True  # What was admitted may have named blocks that those passed can hit.
-            else:
-                self._defer(sample, "no blocks", now, step)
-                blocked.append(sample)
-            if any(passed.num_bypasses >= self._config.max_bypasses for passed in blocked):
+                continue
+            self._defer(sample, reason, now, step)
+            if nobody_passes:
                 break
-            if len(blocked) > self._config.max_bypasses:
-                break
+            blocked.append(sample)
+
+    def _may_pass(self, blocked: list[Sample]) -> bool:
+        """Whether others may be admitted before these, which do not fit. O(max_bypasses)."""
+        max_bypasses = self._config.max_bypasses
+        return len(blocked) <= max_bypasses and all(sample.num_bypasses < max_bypasses for sample in blocked)
 
     def _chunk(self, sample: Sample, budget: int, num_prefilling: int) -> int:
         """How many tokens the sample may compute in this step, if all of its known ones are to be computed; 0: none."""

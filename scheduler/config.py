@@ -29,7 +29,8 @@ class SchedulerConfig:
                             first tokens come later
     chunked_prefill:        whether a prompt may be computed over several steps
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
-    max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
+    max_bypasses:           how often later requests may pass one for which seats, blocks or, without chunks, tokens are too
+                            few; then nobody passes it any more
     max_preemptions:        how often one sample may lose its seat; then it keeps the next one until it ends
     max_num_waiting:        samples that may wait; then new requests are refused
     client_share:           share of seats, blocks and places to wait that the requests of one `client` may take, and so

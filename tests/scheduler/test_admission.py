@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from small_scheduler import Events
 
 from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, SimulatedPrompt, UnknownIdError
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
 
 
-def make_scheduler(*, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, **config) -> Scheduler:
+def make_scheduler(
+    *, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, sink=None, **config
+) -> Scheduler:
     """Blocks of two tokens."""
     manager = KVCacheManager(CacheConfig(num_blocks, 2, host))
-    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap())
+    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap(), sink=sink)
 
 
 def step(scheduler: Scheduler):
@@ -116,6 +119,49 @@ def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
         make_scheduler().outputs("gone")
     with pytest.raises(UnknownIdError, match=r"no live request \[1\]"):
         make_scheduler().outputs([1])
+
+
+# Passing one that does not fit
+
+
+def test_one_with_more_samples_than_there_are_seats_left_lets_only_so_many_pass() -> None:
+    scheduler = make_scheduler(num_blocks=40, seats=4, max_bypasses=2)
+    scheduler.add(Request("runs", [1], 9), 0.0)
+    step(scheduler)
+    scheduler.add(Request("four", [2], 1, n=4), 0.0)
+    for token in (3, 4, 5):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(3)] == [{"3": 1, "4": 1}, {}, {}]
+
+
+def test_where_every_seat_is_taken_only_the_first_in_line_is_told() -> None:
+    sink = Events()
+    scheduler = make_scheduler(seats=1, sink=sink)
+    for name in "abc":
+        scheduler.add(Request(name, [ord(name)], 9), 0.0)
+    step(scheduler)
+
+    assert [event.request_id for event in sink.named("Deferred")] == ["b"]
+
+
+def test_without_chunks_a_prompt_that_lacks_what_decodes_take_lets_only_so_many_pass() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False, max_bypasses=1)
+    scheduler.add(Request("runs", [1], 3), 0.0)
+    step(scheduler)
+    scheduler.add(Request("six", [2] * 6, 1), 0.0)
+    for token in (3, 4):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(4)] == [{"3": 1}, {}, {"six": 6}, {"4": 1}]
+
+
+def test_without_chunks_nobody_passes_a_prompt_that_the_next_step_has_room_for() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False)
+    for name, num_tokens in (("a", 4), ("b", 5), ("c", 1)):
+        scheduler.add(Request(name, [ord(name)] * num_tokens, 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(2)] == [{"a": 4}, {"b": 5, "c": 1}]
 
 
 def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
