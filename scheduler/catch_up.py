@@ -74,6 +74,27 @@ class CatchUp:
             self._shortage.preempt(num_needed, now=now, step=step)
             self._admission.is_open = True
 
+    def give_rest(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> BlockCopies:
+        """Where one row alone had more to compute than a token, the cap protects nobody: it gets what the step has left.
+
+        Only after admission is it known that those who wait cannot use the budget. Adds to `num_tokens` in place, and
+        returns the copies to make first; gives nothing if blocks are short for it. O(rows) array operations.
+        """
+        if self._config.long_prefill_tokens is None:
+            return NO_COPIES
+        wanted = self._memory.sequences.num_known[rows] - starts
+        prompts = (wanted > 1).nonzero()[0]
+        if len(prompts) != 1:
+            return NO_COPIES
+        (i,) = prompts.tolist()
+        num_left = self._config.max_num_batched_tokens - int(np.add.reduce(num_tokens))
+        num_more = min(num_left, int(wanted[i] - num_tokens[i]))
+        copies = self._memory.try_append_run(int(rows[i]), num_more) if num_more else None
+        if copies is None:
+            return NO_COPIES
+        num_tokens[i] += num_more
+        return copies
+
     def _share_budget(self, rows: Rows, starts: Int64s, wanted: Int64s) -> tuple[Rows, Int64s, Int64s]:
         """Cut what the rows want to compute to the token budget, in order, and to the cap for long prompts.
 

@@ -22,8 +22,8 @@ class SchedulerConfig:
 
     max_num_batched_tokens: tokens computed in one step, over all rows
     max_num_running:        seats; a request with n samples takes n
-    long_prefill_tokens:    while several requests have more than one token to compute, none gets more than this in one
-                            step (None: no cap)
+    long_prefill_tokens:    if several rows have more than one token to compute in a step, none gets more than this of it;
+                            those that wait for seats or blocks do not count (None: no cap)
     admission_interval:     steps from one that admits requests to the next that may, while anything runs and nobody was
                             left for want of token budget: with more than 1, rows decode undisturbed in between, and
                             first tokens come later

@@ -28,7 +28,8 @@ NOTHING_CAUGHT_UP = (NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES)
 class StepPlanner:
     """Puts one plan together, and remembers what it gave to whom, so that a step that fails can be taken back.
 
-    Running rows come first; what budget they leave over goes to waiting requests; what room both leave, to drafts.
+    Running rows come first; what budget they leave over goes to waiting requests, then to a lone prompt beyond its cap; what
+    room all of them leave, to drafts.
     """
 
     __slots__ = (
@@ -100,6 +101,8 @@ class StepPlanner:
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
                 copies += grants.copies
         is_decode = self._catch_up.is_decode and not grants.rows
+        if not is_decode:
+            copies += self._catch_up.give_rest(rows, starts, num_tokens)
         if is_decode and self._sampling.is_plain:
             sampling_rows, sources = rows, np.arange(len(rows))
         else:
