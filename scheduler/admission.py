@@ -77,9 +77,10 @@ class Admission:
 
     def admit(
         self, grants: Grants, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int
-    ) -> None:
+    ) -> bool:
         """Admit what fits into `budget` tokens, into `grants`. `num_promised` blocks belong to the rest of prompts under way.
 
+        Returns whether somebody was left for want of tokens that others were given: the next step is to begin with it.
         O(admitted + bypassed), plus each admitted one's blocks. If it raises, `grants` holds what was admitted before.
         """
         queue, running, max_running = self._queue, self._running, self._config.max_num_running
@@ -110,8 +111,9 @@ class Admission:
                 continue
             self._defer(sample, reason, now, step)
             if nobody_passes:
-                break
+                return reason == "no token budget"
             blocked.append(sample)
+        return False
 
     def _may_pass(self, blocked: list[Sample]) -> bool:
         """Whether others may be admitted before these, which do not fit. O(max_bypasses)."""

@@ -188,6 +188,32 @@ def test_requests_left_over_by_the_token_budget_do_not_wait_for_the_next_admissi
     assert [planned(step(scheduler)) for _ in range(3)] == [{"a": 5, "b": 1}, {"c": 1}, {}]
 
 
+def test_one_that_is_passed_by_does_not_call_off_the_interval() -> None:
+    scheduler = make_scheduler(num_blocks=12, admission_interval=4, max_bypasses=100)
+    scheduler.add(Request("runs", [1] * 6, 9), 0.0)
+    step(scheduler)
+    scheduler.add(Request("large", [2] * 20, 1), 0.0)
+    admitted = []
+    for token in range(10, 18):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+        admitted.append(len(planned(step(scheduler))))
+
+    assert admitted == [0, 0, 0, 3, 0, 0, 0, 3]
+
+
+def test_without_chunks_one_that_lacks_what_decodes_take_does_not_call_off_the_interval() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False, admission_interval=3)
+    scheduler.add(Request("runs", [1], 6), 0.0)
+    step(scheduler)
+    scheduler.add(Request("six", [2] * 6, 1), 0.0)
+    admitted = []
+    for token in range(10, 14):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+        admitted.append(len(planned(step(scheduler))))
+
+    assert admitted == [0, 0, 3, 0]
+
+
 def test_nobody_waits_for_the_next_admission_where_nothing_runs() -> None:
     scheduler = make_scheduler(admission_interval=100)
     scheduler.add(Request("a", [1], 1), 0.0)
