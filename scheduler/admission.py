@@ -102,9 +102,9 @@ class Admission:
                 nobody_passes = False
             else:
                 budget_left -= grants.num_tokens[-1]
-                rest = int(self._memory.sequences.num_known[sample.row]) - grants.starts[-1] - grants.num_tokens[-1]
-                num_prefilling += 1 if rest else 0
-                num_promised += cdiv(rest, self._memory.block_size)
+                known, stop = sample.num_known, grants.starts[-1] + grants.num_tokens[-1]
+                num_prefilling += 1 if stop < known else 0
+                num_promised += cdiv(known, self._memory.block_size) - cdiv(stop, self._memory.block_size)
                 for passed in blocked:
                     passed.num_bypasses += 1
                     self.is_open = True  # What was admitted may have named blocks that those passed can hit.

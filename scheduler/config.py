@@ -34,7 +34,8 @@ class SchedulerConfig:
     max_preemptions:        how often one sample may lose its seat; then it keeps the next one until it ends
     max_num_waiting:        samples that may wait; then new requests are refused
     client_share:           share of seats, blocks and places to wait that the requests of one `client` may take, and so
-                            how many clients can be there without any of them noticing that another floods (None: all)
+                            how many clients can be there without any of them noticing that another floods; one seat
+                            and one place at least (None: all)
     """
 
     max_num_batched_tokens: int = 8192

@@ -162,7 +162,7 @@ class StepPlanner:
         table = self._memory.sequences
         num_planned = int(np.add.reduce(num_tokens))
         num_promised = num_prefilling = 0
-        if num_planned > len(rows):
+        if not self._catch_up.is_decode:  # However few tokens each of them computes.
             known = table.num_known[rows]
             num_promised = int(np.add.reduce(-(-known // table.block_size) - table.num_blocks[rows]))
             num_prefilling = int(np.count_nonzero(known > starts + num_tokens))

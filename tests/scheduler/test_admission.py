@@ -171,6 +171,18 @@ def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
     assert planned(scheduler.schedule(0.0)) == {"a": 4, "b": 4}
 
 
+def test_blocks_are_promised_to_a_prompt_of_which_each_step_computes_one_token() -> None:
+    sink = Events()
+    scheduler = make_scheduler(num_blocks=10, long_prefill_tokens=1, sink=sink)
+    for first in (10, 40, 70):
+        scheduler.add(Request(str(first), list(range(first, first + 10)), 1), 0.0)
+    while scheduler.has_work:
+        step(scheduler)
+
+    assert not sink.named("Preempted")
+    assert [event.step for event in sink.named("Admitted")] == [0, 0, 10]
+
+
 def test_rows_decode_undisturbed_between_two_admissions() -> None:
     scheduler = make_scheduler(admission_interval=3)
     scheduler.add(Request("a", [1], 9), 0.0)
