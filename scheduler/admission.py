@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pagedkv.arrays import BlockIds, cdiv
+from pagedkv.arrays import cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
@@ -81,7 +81,8 @@ class Admission:
         """Admit what fits into `budget` tokens, into `grants`. `num_promised` blocks belong to the rest of prompts under way.
 
         Returns whether somebody was left for want of tokens that others were given: the next step is to begin with it.
-        O(admitted + bypassed), plus each admitted one's blocks. If it raises, `grants` holds what was admitted before.
+        O(log blocks) for each admitted and passed one, and the blocks of those admitted. If it raises, `grants` holds what
+        was admitted before.
         """
         queue, running, max_running = self._queue, self._running, self._config.max_num_running
         blocked: list[Sample] = []
@@ -126,9 +127,12 @@ class Admission:
         cap = config.long_prefill_tokens
         if cap is not None and num_prefilling + len(self._queue) > 1:
             budget = min(budget, cap)
-        may_wait = not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget
-        if may_wait and sample.num_known - len(self._hit_blocks(sample)) * self._memory.block_size > budget:
-            return 0
+        if not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget:
+            memory, num_lacking = self._memory, cdiv(sample.num_known - budget, self._memory.block_size)
+            num_hit = self._num_hit(sample)
+            # Listed only if they suffice: then they may be fewer, where simulated ids contradict each other.
+            if num_hit < num_lacking or len(memory.hit_blocks(sample.content, num_hit)) < num_lacking:
+                return 0
         return budget
 
     def _try_admit(self, sample: Sample, chunk: int, num_promised: int, grants: Grants, now: float, step: int) -> bool:
@@ -173,9 +177,13 @@ class Admission:
     def _open(self, sample: Sample, num_promised: int, grants: Grants) -> int:  # noqa: ARG002 - same shape as _swap_in
         """Make a row for a waiting sample; returns its first position to compute, or -1 if blocks are short."""
         memory = self._memory
-        hit_blocks = self._hit_blocks(sample)
-        num_hit = len(hit_blocks)
-        num_needed = cdiv(sample.num_known, memory.block_size) - num_hit + num_promised
+        num_blocks = cdiv(sample.num_known, memory.block_size) + num_promised
+        num_hit = self._num_hit(sample)
+        if not self._fits(num_blocks - num_hit):  # Before the hits are listed: an overloaded step asks this in vain.
+            return -1
+        hit_blocks = memory.hit_blocks(sample.content, num_hit)
+        num_hit = len(hit_blocks)  # Fewer where simulated ids contradict each other.
+        num_needed = num_blocks - num_hit
         if not self._fits(num_needed + num_hit) and not self._fits(
             num_needed + memory.pool.num_evictable_among(hit_blocks)
         ):
@@ -183,11 +191,9 @@ class Admission:
         sample.row = memory.open(sample.content, sample.num_known, hit_blocks)
         return num_hit * memory.block_size
 
-    def _hit_blocks(self, sample: Sample) -> BlockIds:
-        """Blocks of the prefix cache with which a waiting sample would begin, none if it does not read it. O(hits)."""
-        memory = self._memory
-        num_hit = memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
-        return memory.hit_blocks(sample.content, num_hit)
+    def _num_hit(self, sample: Sample) -> int:
+        """Blocks of the prefix cache with which a waiting sample would begin, 0 if it does not read it. O(log blocks)."""
+        return self._memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
 
     def _swap_in(self, sample: Sample, num_promised: int, grants: Grants) -> int:
         """Bring a swapped sample back; returns its first position to compute, or -1 if blocks are short."""

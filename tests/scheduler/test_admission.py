@@ -121,6 +121,37 @@ def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
         make_scheduler().outputs([1])
 
 
+def test_hits_of_one_that_does_not_fit_are_counted_and_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(num_blocks=8, budget=4)
+    scheduler.add(Request("warm", [1, 2, 3, 4, 5], 9), 0.0)
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(Request("large", [1, 2, 3, 4, *range(20, 32)], 1), 0.0)
+    scheduler.add(Request("long", list(range(40, 45)), 1), 0.0)
+    listed: list[int] = []
+    hit_blocks = RowMemory.hit_blocks
+    monkeypatch.setattr(RowMemory, "hit_blocks", lambda *args: listed.append(args[2]) or hit_blocks(*args))
+
+    assert planned(step(scheduler)) == {"long": 3}
+    assert listed == [0]  # The long one's, not those of the large one before it.
+
+
+def test_without_chunks_hits_of_one_that_lacks_tokens_are_counted_and_not_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=8, chunked_prefill=False)
+    scheduler.add(Request("warm", [1, 2, 3], 4), 0.0)
+    step(scheduler)
+    scheduler.add(Request("a", [9] * 5, 1), 0.0)
+    scheduler.add(Request("b", [1, 2, 3, 4, 5, 6], 1), 0.0)
+    listed: list[int] = []
+    hit_blocks = RowMemory.hit_blocks
+    monkeypatch.setattr(RowMemory, "hit_blocks", lambda *args: listed.append(args[2]) or hit_blocks(*args))
+
+    assert planned(step(scheduler)) == {"a": 5}
+    assert listed == [0]
+
+
 # Passing one that does not fit
 
 
