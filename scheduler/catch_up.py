@@ -47,7 +47,7 @@ class CatchUp:
     def plan(self, *, now: float, step: int) -> tuple[Rows, Int64s, Int64s, BlockCopies]:
         """Rows, first position and number of tokens of each, and the copies to make first; in order of admission.
 
-        O(running) array operations for each victim.
+        A fixed number of array operations over the running rows, and a smaller one for each victim.
         """
         memory = self._memory
         table = memory.sequences
@@ -70,9 +70,23 @@ class CatchUp:
                 copies = memory.try_append(rows, num_tokens)
             if copies is not None:
                 return rows.copy(), starts, num_tokens, copies
-            num_needed = int(memory.sequences.num_blocks_to_append(rows, num_tokens).sum())
-            self._shortage.preempt(num_needed, now=now, step=step)
+            self._preempt(rows, table.num_blocks_to_append(rows, num_tokens), now=now, step=step)
             self._admission.is_open = True
+
+    def _preempt(self, rows: Rows, num_blocks: Int64s, *, now: float, step: int) -> None:
+        """Take the seat of a victim, `rows` needing `num_blocks[i]` each; of more where it is sure that they are needed.
+
+        In a decode the others need what they need whoever goes, so nothing is planned anew before their blocks are there.
+        Otherwise the victim's tokens may go to others, and a prompt may be capped for its sake. O(running) for each victim.
+        """
+        blocks_of = np.zeros(len(self._memory.sequences.num_blocks), np.int64)
+        blocks_of[rows] = num_blocks  # Now: the rows are a view of those that run.
+        num_needed = int(np.add.reduce(num_blocks))
+        while True:
+            row = self._shortage.preempt(num_needed, now=now, step=step)
+            num_needed -= blocks_of.item(row)
+            if not self.is_decode or num_needed <= self._memory.pool.num_available:
+                return
 
     def give_rest(self, rows: Rows, starts: Int64s, num_tokens: Int64s) -> BlockCopies:
         """Where one row alone had more to compute than a token, the cap protects nobody: it gets what the step has left.

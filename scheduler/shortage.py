@@ -51,8 +51,11 @@ class Shortage:
         self.preempted: list[Sample] = []
         self.swaps_out: BlockCopies = NO_COPIES
 
-    def preempt(self, num_needed: int, *, now: float, step: int) -> None:
-        """Take the seat of one victim. `num_needed` blocks were asked for; they and the rest are told. O(running + blocks)."""
+    def preempt(self, num_needed: int, *, now: float, step: int) -> int:
+        """Take the seat of one victim, and return the row that it had. `num_needed` blocks were asked for, which is told.
+
+        O(running + blocks).
+        """
         memory = self._memory
         sample = self._choose()
         row = sample.row
@@ -86,6 +89,7 @@ class Shortage:
                 reason="running requests need blocks",
             )
         )
+        return row
 
     def forget_swaps(self) -> None:
         """The step failed and no copy was made: those that it was to swap out start over. O(victims log waiting)."""
@@ -106,8 +110,10 @@ class Shortage:
         is_unsettled = ~running.is_settled[rows]
         is_unprotected = is_unsettled & (self._memory.sequences.num_known[rows] >= running.protected_until[rows])
         gives_back = self._gives_back(rows)
-        tiers = (is_unprotected & gives_back, is_unsettled & gives_back, is_unprotected, is_unsettled)
-        candidates = next((rows[tier] for tier in tiers if tier.any()), rows)
+        candidates = rows[is_unprotected & gives_back]
+        if not len(candidates):
+            tiers = (is_unsettled & gives_back, is_unprotected, is_unsettled)
+            candidates = next((rows[tier] for tier in tiers if tier.any()), rows)
         choice = self._victim.choose(running.ranks[candidates], running.serials[candidates])
         sample: Sample = running.samples[candidates[choice]]
         return sample
