@@ -60,7 +60,7 @@ class Shortage:
         sample = self._choose()
         row = sample.row
         num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
-        mode = self._preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
+        mode = self._preemption.choose(self._num_lost(sample), int(memory.sequences.num_blocks[row]))
         copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
         sample.num_known = int(memory.sequences.num_known[row])
         sample.num_preemptions += 1
@@ -98,6 +98,18 @@ class Shortage:
                 self._memory.close(sample.row)
                 sample.row = -1
                 sample.state = SampleState.WAITING
+
+    def _num_lost(self, sample: Sample) -> int:
+        """Tokens that must be computed again if the sample forgets its blocks: not those of named blocks that others hold.
+
+        Who holds a named block holds those before it, so what others hold, they hold from the start. O(blocks).
+        """
+        memory, row = self._memory, sample.row
+        num_computed = int(memory.sequences.num_computed[row])
+        if not sample.request.reads_cache:
+            return num_computed
+        named = memory.sequences.blocks(row)[: int(memory.sequences.num_named[row])]
+        return num_computed - int(np.count_nonzero(memory.pool.counts(named) > 1)) * memory.block_size
 
     def _choose(self) -> Sample:
         """The victim policy's choice among those that give a block back and have filled one since they came back.
