@@ -27,6 +27,19 @@ class DraftSlots:
         self._table = table
         self._naming = naming
 
+    def num_fitting(self, rows: Rows, num_drafts: Int64s) -> Int64s:
+        """How many of `num_drafts[i]` drafts of row i have room, (n,) int64: in its own blocks, then in those available.
+
+        Rows that come first take the available ones. What `try_give` is asked for by this, it gives. O(rows).
+        """
+        table = self._table
+        num_computed, num_held = table.num_computed[rows], table.num_blocks[rows]
+        num_new = -(-(num_computed + num_drafts) // table.block_size) - num_held
+        num_left = self._pool.num_available - num_new.cumsum() + num_new
+        num_slots = (num_held + num_left.clip(0, num_new)) * table.block_size - num_computed
+        fitting: Int64s = np.minimum(num_drafts, num_slots)
+        return fitting
+
     def try_give(self, rows: Rows, num_drafts: Int64s) -> bool:
         """Give `num_drafts[i]` drafts of row i their slots; every known token of these rows has one, and none is shared.
 

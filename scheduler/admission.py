@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pagedkv.arrays import BlockIds, cdiv
+from pagedkv.arrays import cdiv
 from pagedkv.errors import InvariantViolation
 from pagedkv.plans import NO_COPIES, BlockCopies
 from pagedkv.row_memory import RowMemory
@@ -36,8 +36,10 @@ class Admission:
     """Admits from the front of the queue while seats, token budget and blocks last.
 
     A sample gets in if its whole prompt fits beside what was promised to prompts under way, and a watermark of blocks
-    stays available, unless nothing runs. One that does not fit lets at most `max_bypasses` later ones pass, over all
-    its time in the queue, then nobody; since no one joins behind it any more, running samples drain until it fits.
+    stays available, unless nothing runs. One for which seats, blocks, or without chunks the tokens that decodes leave are
+    too few lets at most `max_bypasses` later ones pass, over all its time in the queue, then nobody; since no one joins
+    behind it any more, running samples drain until it fits. Nobody passes one that lacks only what others were given of
+    the same step: the next one begins with it.
 
     A sample that was preempted `max_preemptions` times is *settled* when it comes back: it keeps its seat until it ends.
     It gets in only if all blocks that it may ever need, and those of the other settled ones, make up no more than the
@@ -75,39 +77,49 @@ class Admission:
 
     def admit(
         self, grants: Grants, budget: int, num_promised: int, num_prefilling: int, *, now: float, step: int
-    ) -> None:
+    ) -> bool:
         """Admit what fits into `budget` tokens, into `grants`. `num_promised` blocks belong to the rest of prompts under way.
 
-        O(admitted + bypassed), plus each admitted one's blocks. If it raises, `grants` holds what was admitted before.
+        Returns whether somebody was left for want of tokens that others were given: the next step is to begin with it.
+        O(log blocks) for each admitted and passed one, and the blocks of those admitted. If it raises, `grants` holds what
+        was admitted before.
         """
-        queue = self._queue
+        queue, running, max_running = self._queue, self._running, self._config.max_num_running
         blocked: list[Sample] = []
+        budget_left = budget
         self.is_open = False
-        while len(queue) > len(blocked):
+        while len(queue) > len(blocked) and self._may_pass(blocked):
             sample = queue.nth(len(blocked))
-            if self._running.num_seats + sample.num_samples > self._config.max_num_running:
-                self._defer(sample, "no seat", now, step)
-                break
-            chunk = self._chunk(sample, budget, num_prefilling)
-            if chunk == 0:
-                self._defer(sample, "no token budget", now, step)
+            if running.num_seats + sample.num_samples > max_running:
+                reason = "no seat"
+                nobody_passes = running.num_seats == max_running
+            elif not (chunk := self._chunk(sample, budget_left, num_prefilling)):
+                reason = "no token budget"
                 self.is_open = True
-                break
-            if self._try_admit(sample, chunk, num_promised, grants, now, step):
-                budget -= grants.num_tokens[-1]
-                rest = int(self._memory.sequences.num_known[sample.row]) - grants.starts[-1] - grants.num_tokens[-1]
-                num_prefilling += 1 if rest else 0
-                num_promised += cdiv(rest, self._memory.block_size)
+                # What others were given of this step, it gets of the next one. What decodes take, it may never get.
+                nobody_passes = not budget_left or self._chunk(sample, budget, num_prefilling) > 0
+            elif not self._try_admit(sample, chunk, num_promised, grants, now, step):
+                reason = "no blocks"
+                nobody_passes = False
+            else:
+                budget_left -= grants.num_tokens[-1]
+                known, stop = sample.num_known, grants.starts[-1] + grants.num_tokens[-1]
+                num_prefilling += 1 if stop < known else 0
+                num_promised += cdiv(known, self._memory.block_size) - cdiv(stop, self._memory.block_size)
                 for passed in blocked:
                     passed.num_bypasses += 1
                     self.is_open = True  # What was admitted may have named blocks that those passed can hit.
-            else:
-                self._defer(sample, "no blocks", now, step)
-                blocked.append(sample)
-            if any(passed.num_bypasses >= self._config.max_bypasses for passed in blocked):
-                break
-            if len(blocked) > self._config.max_bypasses:
-                break
+                continue
+            self._defer(sample, reason, now, step)
+            if nobody_passes:
+                return reason == "no token budget"
+            blocked.append(sample)
+        return False
+
+    def _may_pass(self, blocked: list[Sample]) -> bool:
+        """Whether others may be admitted before these, which do not fit. O(max_bypasses)."""
+        max_bypasses = self._config.max_bypasses
+        return len(blocked) <= max_bypasses and all(sample.num_bypasses < max_bypasses for sample in blocked)
 
     def _chunk(self, sample: Sample, budget: int, num_prefilling: int) -> int:
         """How many tokens the sample may compute in this step, if all of its known ones are to be computed; 0: none."""
@@ -115,9 +127,12 @@ class Admission:
         cap = config.long_prefill_tokens
         if cap is not None and num_prefilling + len(self._queue) > 1:
             budget = min(budget, cap)
-        may_wait = not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget
-        if may_wait and sample.num_known - len(self._hit_blocks(sample)) * self._memory.block_size > budget:
-            return 0
+        if not config.chunked_prefill and sample.state is SampleState.WAITING and sample.num_known > budget:
+            memory, num_lacking = self._memory, cdiv(sample.num_known - budget, self._memory.block_size)
+            num_hit = self._num_hit(sample)
+            # Listed only if they suffice: then they may be fewer, where simulated ids contradict each other.
+            if num_hit < num_lacking or len(memory.hit_blocks(sample.content, num_hit)) < num_lacking:
+                return 0
         return budget
 
     def _try_admit(self, sample: Sample, chunk: int, num_promised: int, grants: Grants, now: float, step: int) -> bool:
@@ -162,9 +177,13 @@ class Admission:
     def _open(self, sample: Sample, num_promised: int, grants: Grants) -> int:  # noqa: ARG002 - same shape as _swap_in
         """Make a row for a waiting sample; returns its first position to compute, or -1 if blocks are short."""
         memory = self._memory
-        hit_blocks = self._hit_blocks(sample)
-        num_hit = len(hit_blocks)
-        num_needed = cdiv(sample.num_known, memory.block_size) - num_hit + num_promised
+        num_blocks = cdiv(sample.num_known, memory.block_size) + num_promised
+        num_hit = self._num_hit(sample)
+        if not self._fits(num_blocks - num_hit):  # Before the hits are listed: an overloaded step asks this in vain.
+            return -1
+        hit_blocks = memory.hit_blocks(sample.content, num_hit)
+        num_hit = len(hit_blocks)  # Fewer where simulated ids contradict each other.
+        num_needed = num_blocks - num_hit
         if not self._fits(num_needed + num_hit) and not self._fits(
             num_needed + memory.pool.num_evictable_among(hit_blocks)
         ):
@@ -172,11 +191,9 @@ class Admission:
         sample.row = memory.open(sample.content, sample.num_known, hit_blocks)
         return num_hit * memory.block_size
 
-    def _hit_blocks(self, sample: Sample) -> BlockIds:
-        """Blocks of the prefix cache with which a waiting sample would begin, none if it does not read it. O(hits)."""
-        memory = self._memory
-        num_hit = memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
-        return memory.hit_blocks(sample.content, num_hit)
+    def _num_hit(self, sample: Sample) -> int:
+        """Blocks of the prefix cache with which a waiting sample would begin, 0 if it does not read it. O(log blocks)."""
+        return self._memory.num_hit_blocks(sample.content, sample.num_known) if sample.request.reads_cache else 0
 
     def _swap_in(self, sample: Sample, num_promised: int, grants: Grants) -> int:
         """Bring a swapped sample back; returns its first position to compute, or -1 if blocks are short."""

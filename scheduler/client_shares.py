@@ -22,7 +22,8 @@ class ClientShares:
     it waits in the queue or runs, until it is over. The others of its client stand back, outside of the queue, in order
     of arrival; they take their place in the queue, behind whoever came meanwhile, when they enter. Needs are counted
     whole, shared beginnings too: what has entered never takes more, so nothing has to be taken back when sequences grow.
-    Requests without a client are one client's. Without `client_share` everything enters at once.
+    Requests without a client are one client's. Without `client_share` everything enters at once. However small a share is,
+    it holds one seat and one place to wait.
     """
 
     __slots__ = (
@@ -42,9 +43,9 @@ class ClientShares:
         self._is_limited = share is not None
         self._block_size = block_size
         # Of the blocks that a watermark leaves, so that what has entered is not kept waiting by it.
-        self.max_blocks = int((share or 1) * (num_blocks - int(config.watermark * num_blocks)))
-        self.max_seats = max(1, int((share or 1) * config.max_num_running))
-        self.max_requests = max(1, int((share or 1) * config.max_num_waiting))
+        self.max_blocks = _part(share, num_blocks - int(config.watermark * num_blocks))
+        self.max_seats = max(1, _part(share, config.max_num_running))
+        self.max_requests = max(1, _part(share, config.max_num_waiting))
         self._max_waiting = config.max_num_waiting
         self.num_standing = 0
         self._entered: dict[Client, tuple[int, int, int]] = {}  # Requests, seats and blocks.
@@ -147,6 +148,11 @@ class ClientShares:
             self._entered[client] = counts
         else:
             del self._entered[client]
+
+
+def _part(share: float | None, number: int) -> int:
+    """So much of a number, rounded down; of what floats make of 49 * (1 / 49), 1 and not 0."""
+    return number if share is None else int(round(share * number, 6))
 
 
 def _sum(one: tuple[int, int, int] | None, other: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -23,18 +23,20 @@ class SchedulerConfig:
 
     max_num_batched_tokens: tokens computed in one step, over all rows
     max_num_running:        seats; a request with n samples takes n
-    long_prefill_tokens:    while several requests have more than one token to compute, none gets more than this in one
-                            step (None: no cap)
+    long_prefill_tokens:    if several rows have more than one token to compute in a step, none gets more than this of it;
+                            those that wait for seats or blocks do not count (None: no cap)
     admission_interval:     steps from one that admits requests to the next that may, while anything runs and nobody was
                             left for want of token budget: with more than 1, rows decode undisturbed in between, and
                             first tokens come later
     chunked_prefill:        whether a prompt may be computed over several steps
     watermark:              share of the blocks that an admission must leave available, unless nothing runs
-    max_bypasses:           how often later requests may pass one that does not fit; then nobody passes it any more
+    max_bypasses:           how often later requests may pass one for which seats, blocks or, without chunks, tokens are too
+                            few; then nobody passes it any more
     max_preemptions:        how often one sample may lose its seat; then it keeps the next one until it ends
     max_num_waiting:        samples that may wait; then new requests are refused
     client_share:           share of seats, blocks and places to wait that the requests of one `client` may take, and so
-                            how many clients can be there without any of them noticing that another floods (None: all)
+                            how many clients can be there without any of them noticing that another floods; one seat
+                            and one place at least (None: all)
     """
 
     max_num_batched_tokens: int = 8192

@@ -42,8 +42,9 @@ class Guesses:
 class Drafting:
     """Drafts take what a step leaves over, and only what comes true is kept.
 
-    Blocks and token budget go to running rows first, then to waiting requests, then to drafts: a guess costs nobody a
-    seat or a block. What of it does not fit is dropped, not kept for the next step; the caller guesses anew then.
+    Blocks and token budget go to running rows first, then to waiting requests, then to drafts: a guess costs no request a
+    seat or a block. It may cost the prefix cache one, which comes back free, or with the tokens that came true. What of it
+    does not fit is dropped, not kept for the next step; the caller guesses anew then.
     """
 
     __slots__ = ("_max_num_batched_tokens", "_memory", "_running", "counters")
@@ -89,8 +90,9 @@ class Drafting:
         """Give drafts their slots, beside the `num_tokens` that each row computes anyway; None if there is no room for any.
 
         A row gets drafts if it computes exactly its last token, and is not `forking` off the other samples of its
-        request, with which it shares its last block. They are cut to the token budget, in order of `sampling_rows`, and
-        to what the row may still sample, less the token that follows the last draft. O(rows + drafts).
+        request, with which it shares its last block. They are cut to the token budget and to the blocks that can be had, in
+        order of `sampling_rows`, and to what the row may still sample, less the token that follows the last draft.
+        O(rows + drafts).
         """
         wanted = np.zeros(len(sampling_rows), np.int64)
         firsts = np.zeros(len(sampling_rows), np.int64)
@@ -102,9 +104,10 @@ class Drafting:
         num_left = self._running.max_tokens[sampling_rows] - self._memory.sequences.num_known[sampling_rows]
         wanted = np.minimum(wanted, num_left - 1)
         budget = self._max_num_batched_tokens - int(np.add.reduce(num_tokens))
-        counts: Int64s = (budget - wanted.cumsum() + wanted).clip(0, wanted)
+        slots = self._memory.drafts
+        counts = slots.num_fitting(sampling_rows, (budget - wanted.cumsum() + wanted).clip(0, wanted))
         drafted = counts.nonzero()[0]
-        if not len(drafted) or not self._memory.drafts.try_give(sampling_rows[drafted], counts[drafted]):
+        if not len(drafted) or not slots.try_give(sampling_rows[drafted], counts[drafted]):
             return None
         return PlanDrafts(counts, guesses.token_ids[packed_runs(firsts, counts)])
 

@@ -71,7 +71,7 @@ class LatestArrival:
 
 @dataclass(frozen=True, slots=True)
 class LowestPriority:
-    """The request with the highest rank, the latest arrival among equals."""
+    """The request with the highest rank, the latest arrival among equals: under FCFS, where all are, the latest arrival."""
 
     def choose(self, ranks: NDArray[np.float64], serials: Int64s) -> int:
         """Largest (rank, arrival number). O(n)."""

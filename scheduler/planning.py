@@ -28,7 +28,8 @@ NOTHING_CAUGHT_UP = (NO_ROWS, NO_ROWS, NO_ROWS, NO_COPIES)
 class StepPlanner:
     """Puts one plan together, and remembers what it gave to whom, so that a step that fails can be taken back.
 
-    Running rows come first; what budget they leave over goes to waiting requests; what room both leave, to drafts.
+    Running rows come first; what budget they leave over goes to waiting requests, then to a lone prompt beyond its cap; what
+    room all of them leave, to drafts.
     """
 
     __slots__ = (
@@ -91,15 +92,17 @@ class StepPlanner:
         # A step that preempts admits nobody: no row of its plan can then be a victim of it, or come back in it.
         if may_admit and len(self._queue) and not self._shortage.preempted:
             grants = self._grants = Grants()
-            self._admit(rows, starts, num_tokens, now=now, step=step)
+            is_short_of_tokens = self._admit(rows, starts, num_tokens, now=now, step=step)
             if grants.rows:
                 # Whoever waits for token budget alone is admitted by the very next steps: the interval begins behind them.
-                self._next_admission = step + (1 if self._admission.is_open else self._admission_interval)
+                self._next_admission = step + (1 if is_short_of_tokens else self._admission_interval)
                 rows = np.concatenate((rows, np.array(grants.rows)))
                 starts = np.concatenate((starts, np.array(grants.starts)))
                 num_tokens = np.concatenate((num_tokens, np.array(grants.num_tokens)))
                 copies += grants.copies
         is_decode = self._catch_up.is_decode and not grants.rows
+        if not is_decode:
+            copies += self._catch_up.give_rest(rows, starts, num_tokens)
         if is_decode and self._sampling.is_plain:
             sampling_rows, sources = rows, np.arange(len(rows))
         else:
@@ -156,16 +159,16 @@ class StepPlanner:
         before = [sample.row for sample in self._unannounced if sample.state is SampleState.RUNNING]
         return [*before, *self._grants.rows]
 
-    def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, *, now: float, step: int) -> None:
+    def _admit(self, rows: Rows, starts: Int64s, num_tokens: Int64s, *, now: float, step: int) -> bool:
         table = self._memory.sequences
         num_planned = int(np.add.reduce(num_tokens))
         num_promised = num_prefilling = 0
-        if num_planned > len(rows):
+        if not self._catch_up.is_decode:  # However few tokens each of them computes.
             known = table.num_known[rows]
             num_promised = int(np.add.reduce(-(-known // table.block_size) - table.num_blocks[rows]))
             num_prefilling = int(np.count_nonzero(known > starts + num_tokens))
         budget = self._token_budget - num_planned
-        self._admission.admit(self._grants, budget, num_promised, num_prefilling, now=now, step=step)
+        return self._admission.admit(self._grants, budget, num_promised, num_prefilling, now=now, step=step)
 
     def _admitted_seats(self) -> tuple[Seat, ...]:
         """Rows that begin or come back in this step, or did so in one that failed."""

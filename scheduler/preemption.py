@@ -24,7 +24,12 @@ class PreemptionPolicy(Protocol):
     """Chooses the mode for one victim."""
 
     def choose(self, num_computed_tokens: int, num_blocks: int) -> PreemptionMode:
-        """Mode for a victim with that many computed tokens in that many blocks. A full host pool means recompute."""
+        """Mode for a victim that must compute so many tokens again, or have so many blocks moved to the host.
+
+        Tokens in blocks that the prefix cache names and others hold are not lost, so they do not count; the blocks do: a
+        swap moves all of a sequence out, shared ones too, and what is then still on the device does not come back from
+        the host. A full host pool means recompute.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Always move to the host, as long as there is room."""
+    """Always move to the host, as long as there is room: all blocks of a victim, those that others share as well."""
 
     def choose(self, num_computed_tokens: int, num_blocks: int) -> PreemptionMode:  # noqa: ARG002
         """Swap."""
@@ -49,7 +54,8 @@ class Swap:
 class Cheaper:
     """Whichever takes less time: tokens * `prefill_s_per_token` against 2 * blocks * `transfer_s_per_block` (out and in).
 
-    The prefill time per token is the marginal one, of a token added to a step that is compute-bound.
+    The prefill time per token is the marginal one, of a token added to a step that is compute-bound. Tokens in blocks
+    that others share are not computed again, so they do not count.
     """
 
     prefill_s_per_token: float

@@ -18,7 +18,7 @@ from pagedkv.scheduler.drafts import DraftCounters, Drafting
 from pagedkv.scheduler.ending import ended_samples
 from pagedkv.scheduler.events import Aborted, Added, Deferred, Event, EventSink, Finished, Refused, StepFailed
 from pagedkv.scheduler.kinds import LiveKinds
-from pagedkv.scheduler.order import FCFS, LatestArrival, QueuePolicy, VictimPolicy
+from pagedkv.scheduler.order import FCFS, LowestPriority, QueuePolicy, VictimPolicy
 from pagedkv.scheduler.outcome import NewTokens, StepOutcome, checked_outcome
 from pagedkv.scheduler.plan import StepPlan
 from pagedkv.scheduler.planning import StepPlanner
@@ -74,7 +74,7 @@ class Scheduler:
         self.manager = manager
         self._memory = manager.memory
         self.policy = FCFS() if policy is None else policy
-        self.victim = LatestArrival() if victim is None else victim
+        self.victim = LowestPriority() if victim is None else victim
         self.preemption = Recompute() if preemption is None else preemption
         self._sink = sink
         self._events: deque[Event] = deque()

@@ -51,13 +51,16 @@ class Shortage:
         self.preempted: list[Sample] = []
         self.swaps_out: BlockCopies = NO_COPIES
 
-    def preempt(self, num_needed: int, *, now: float, step: int) -> None:
-        """Take the seat of one victim. `num_needed` blocks were asked for; they and the rest are told. O(running + blocks)."""
+    def preempt(self, num_needed: int, *, now: float, step: int) -> int:
+        """Take the seat of one victim, and return the row that it had. `num_needed` blocks were asked for, which is told.
+
+        O(running + blocks).
+        """
         memory = self._memory
         sample = self._choose()
         row = sample.row
         num_used, num_computed = memory.pool.num_used, int(memory.sequences.num_computed[row])
-        mode = self._preemption.choose(num_computed, int(memory.sequences.num_blocks[row]))
+        mode = self._preemption.choose(self._num_lost(sample), int(memory.sequences.num_blocks[row]))
         copies = memory.try_swap_out(row) if mode is PreemptionMode.SWAP and num_computed else None
         sample.num_known = int(memory.sequences.num_known[row])
         sample.num_preemptions += 1
@@ -86,6 +89,7 @@ class Shortage:
                 reason="running requests need blocks",
             )
         )
+        return row
 
     def forget_swaps(self) -> None:
         """The step failed and no copy was made: those that it was to swap out start over. O(victims log waiting)."""
@@ -94,6 +98,18 @@ class Shortage:
                 self._memory.close(sample.row)
                 sample.row = -1
                 sample.state = SampleState.WAITING
+
+    def _num_lost(self, sample: Sample) -> int:
+        """Tokens that must be computed again if the sample forgets its blocks: not those of named blocks that others hold.
+
+        Who holds a named block holds those before it, so what others hold, they hold from the start. O(blocks).
+        """
+        memory, row = self._memory, sample.row
+        num_computed = int(memory.sequences.num_computed[row])
+        if not sample.request.reads_cache:
+            return num_computed
+        named = memory.sequences.blocks(row)[: int(memory.sequences.num_named[row])]
+        return num_computed - int(np.count_nonzero(memory.pool.counts(named) > 1)) * memory.block_size
 
     def _choose(self) -> Sample:
         """The victim policy's choice among those that give a block back and have filled one since they came back.
@@ -106,8 +122,10 @@ class Shortage:
         is_unsettled = ~running.is_settled[rows]
         is_unprotected = is_unsettled & (self._memory.sequences.num_known[rows] >= running.protected_until[rows])
         gives_back = self._gives_back(rows)
-        tiers = (is_unprotected & gives_back, is_unsettled & gives_back, is_unprotected, is_unsettled)
-        candidates = next((rows[tier] for tier in tiers if tier.any()), rows)
+        candidates = rows[is_unprotected & gives_back]
+        if not len(candidates):
+            tiers = (is_unsettled & gives_back, is_unprotected, is_unsettled)
+            candidates = next((rows[tier] for tier in tiers if tier.any()), rows)
         choice = self._victim.choose(running.ranks[candidates], running.serials[candidates])
         sample: Sample = running.samples[candidates[choice]]
         return sample

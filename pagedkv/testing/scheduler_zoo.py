@@ -80,19 +80,20 @@ class FencesVictims(Scheduler):
 class _FencingShortage:
     """A Shortage that takes what each victim gave back."""
 
-    def __init__(self, shortage: Any, memory: Any, preempt: Callable[..., None]) -> None:
+    def __init__(self, shortage: Any, memory: Any, preempt: Callable[..., int]) -> None:
         self._inner, self._memory, self._preempt = shortage, memory, preempt
         self._fenced: list[Any] = []
 
-    def preempt(self, num_needed: int, *, now: float, step: int) -> None:
+    def preempt(self, num_needed: int, *, now: float, step: int) -> int:
         """Preempt, then take the blocks before anybody else can."""
         before = self._memory.pool.num_available
-        self._preempt(num_needed, now=now, step=step)
+        row = self._preempt(num_needed, now=now, step=step)
         taken = self._memory.pool.try_allocate(self._memory.pool.num_available - before)
         if taken is not None:
             self._fenced.append(taken)
         event = self._inner._events.pop()
         self._inner._events.append(event._replace(num_used_after=self._memory.pool.num_used))
+        return row
 
     def release(self) -> None:
         """Give the fenced blocks back."""

@@ -1,4 +1,4 @@
-"""Slots for drafts: taken all or not at all, and given back but for those of accepted ones."""
+"""Slots for drafts: how many there are, taken all or not at all, and given back but for those of accepted ones."""
 
 from __future__ import annotations
 
@@ -95,4 +95,15 @@ def test_drafts_of_many_rows() -> None:
     assert manager.memory.drafts.try_give(rows, np.full(100, 2))
 
     assert manager.statistics().num_used == 300
+    manager.check_invariants()
+
+
+def test_what_fits_is_what_the_own_blocks_and_then_the_available_ones_have_room_for() -> None:
+    manager = computed(6, a=[1, 2, 3], b=[4, 5], c=[6])
+    drafts, rows = manager.memory.drafts, np.array([0, 1, 2])
+
+    assert drafts.num_fitting(rows, np.array([9, 9, 9])).tolist() == [5, 0, 1]
+    assert drafts.num_fitting(rows, np.array([1, 2, 4])).tolist() == [1, 2, 3]
+    assert drafts.num_fitting(rows, np.array([0, 0, 0])).tolist() == [0, 0, 0]
+    assert drafts.try_give(rows, np.array([1, 2, 3]))
     manager.check_invariants()

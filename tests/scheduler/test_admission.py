@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from small_scheduler import Events
 
 from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, SimulatedPrompt, UnknownIdError
 from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
 
 
-def make_scheduler(*, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, **config) -> Scheduler:
+def make_scheduler(
+    *, num_blocks: int = 8, budget: int = 16, seats: int = 4, host: int = 0, sink=None, **config
+) -> Scheduler:
     """Blocks of two tokens."""
     manager = KVCacheManager(CacheConfig(num_blocks, 2, host))
-    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap())
+    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap(), sink=sink)
 
 
 def step(scheduler: Scheduler):
@@ -118,11 +121,97 @@ def test_outputs_of_a_request_that_is_not_live_are_refused() -> None:
         make_scheduler().outputs([1])
 
 
+def test_hits_of_one_that_does_not_fit_are_counted_and_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(num_blocks=8, budget=4)
+    scheduler.add(Request("warm", [1, 2, 3, 4, 5], 9), 0.0)
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(Request("large", [1, 2, 3, 4, *range(20, 32)], 1), 0.0)
+    scheduler.add(Request("long", list(range(40, 45)), 1), 0.0)
+    listed: list[int] = []
+    hit_blocks = RowMemory.hit_blocks
+    monkeypatch.setattr(RowMemory, "hit_blocks", lambda *args: listed.append(args[2]) or hit_blocks(*args))
+
+    assert planned(step(scheduler)) == {"long": 3}
+    assert listed == [0]  # The long one's, not those of the large one before it.
+
+
+def test_without_chunks_hits_of_one_that_lacks_tokens_are_counted_and_not_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=8, chunked_prefill=False)
+    scheduler.add(Request("warm", [1, 2, 3], 4), 0.0)
+    step(scheduler)
+    scheduler.add(Request("a", [9] * 5, 1), 0.0)
+    scheduler.add(Request("b", [1, 2, 3, 4, 5, 6], 1), 0.0)
+    listed: list[int] = []
+    hit_blocks = RowMemory.hit_blocks
+    monkeypatch.setattr(RowMemory, "hit_blocks", lambda *args: listed.append(args[2]) or hit_blocks(*args))
+
+    assert planned(step(scheduler)) == {"a": 5}
+    assert listed == [0]
+
+
+# Passing one that does not fit
+
+
+def test_one_with_more_samples_than_there_are_seats_left_lets_only_so_many_pass() -> None:
+    scheduler = make_scheduler(num_blocks=40, seats=4, max_bypasses=2)
+    scheduler.add(Request("runs", [1], 9), 0.0)
+    step(scheduler)
+    scheduler.add(Request("four", [2], 1, n=4), 0.0)
+    for token in (3, 4, 5):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(3)] == [{"3": 1, "4": 1}, {}, {}]
+
+
+def test_where_every_seat_is_taken_only_the_first_in_line_is_told() -> None:
+    sink = Events()
+    scheduler = make_scheduler(seats=1, sink=sink)
+    for name in "abc":
+        scheduler.add(Request(name, [ord(name)], 9), 0.0)
+    step(scheduler)
+
+    assert [event.request_id for event in sink.named("Deferred")] == ["b"]
+
+
+def test_without_chunks_a_prompt_that_lacks_what_decodes_take_lets_only_so_many_pass() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False, max_bypasses=1)
+    scheduler.add(Request("runs", [1], 3), 0.0)
+    step(scheduler)
+    scheduler.add(Request("six", [2] * 6, 1), 0.0)
+    for token in (3, 4):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(4)] == [{"3": 1}, {}, {"six": 6}, {"4": 1}]
+
+
+def test_without_chunks_nobody_passes_a_prompt_that_the_next_step_has_room_for() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False)
+    for name, num_tokens in (("a", 4), ("b", 5), ("c", 1)):
+        scheduler.add(Request(name, [ord(name)] * num_tokens, 1), 0.0)
+
+    assert [planned(step(scheduler)) for _ in range(2)] == [{"a": 4}, {"b": 5, "c": 1}]
+
+
 def test_two_long_prompts_admitted_in_one_step_are_both_capped() -> None:
     scheduler = make_scheduler(num_blocks=20, long_prefill_tokens=4)
     for name, first in (("a", 100), ("b", 200)):
         scheduler.add(Request(name, list(range(first, first + 10)), 1), 0.0)
     assert planned(scheduler.schedule(0.0)) == {"a": 4, "b": 4}
+
+
+def test_blocks_are_promised_to_a_prompt_of_which_each_step_computes_one_token() -> None:
+    sink = Events()
+    scheduler = make_scheduler(num_blocks=10, long_prefill_tokens=1, sink=sink)
+    for first in (10, 40, 70):
+        scheduler.add(Request(str(first), list(range(first, first + 10)), 1), 0.0)
+    while scheduler.has_work:
+        step(scheduler)
+
+    assert not sink.named("Preempted")
+    assert [event.step for event in sink.named("Admitted")] == [0, 0, 10]
 
 
 def test_rows_decode_undisturbed_between_two_admissions() -> None:
@@ -140,6 +229,32 @@ def test_requests_left_over_by_the_token_budget_do_not_wait_for_the_next_admissi
     for name in "abc":
         scheduler.add(Request(name, [ord(name)] * 5, 9), 0.0)
     assert [planned(step(scheduler)) for _ in range(3)] == [{"a": 5, "b": 1}, {"c": 1}, {}]
+
+
+def test_one_that_is_passed_by_does_not_call_off_the_interval() -> None:
+    scheduler = make_scheduler(num_blocks=12, admission_interval=4, max_bypasses=100)
+    scheduler.add(Request("runs", [1] * 6, 9), 0.0)
+    step(scheduler)
+    scheduler.add(Request("large", [2] * 20, 1), 0.0)
+    admitted = []
+    for token in range(10, 18):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+        admitted.append(len(planned(step(scheduler))))
+
+    assert admitted == [0, 0, 0, 3, 0, 0, 0, 3]
+
+
+def test_without_chunks_one_that_lacks_what_decodes_take_does_not_call_off_the_interval() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=6, chunked_prefill=False, admission_interval=3)
+    scheduler.add(Request("runs", [1], 6), 0.0)
+    step(scheduler)
+    scheduler.add(Request("six", [2] * 6, 1), 0.0)
+    admitted = []
+    for token in range(10, 14):
+        scheduler.add(Request(str(token), [token], 1), 0.0)
+        admitted.append(len(planned(step(scheduler))))
+
+    assert admitted == [0, 0, 3, 0]
 
 
 def test_nobody_waits_for_the_next_admission_where_nothing_runs() -> None:

@@ -70,6 +70,27 @@ def test_whoever_entered_later_stands_behind_those_who_came_meanwhile() -> None:
     assert order == ["a1", "b1", "c1", "a2", "b2"]
 
 
+def test_one_share_of_49_is_all_that_a_49th_holds() -> None:
+    assert 49 * (1 / 49) < 1  # As floats have it.
+    config = SchedulerConfig(64, 49, watermark=0, client_share=1 / 49, max_num_waiting=98)
+    scheduler = Scheduler(config, KVCacheManager(CacheConfig(3 * 49, 4)))
+
+    scheduler.add(Request("a", SimulatedPrompt(12), 1, client="a"), 0.0)
+    scheduler.add(Request("b", SimulatedPrompt(12), 1, client="a"), 0.0)
+    with pytest.raises(QueueFullError, match="2 requests of its client are here"):
+        scheduler.add(Request("c", SimulatedPrompt(12), 1, client="a"), 0.0)
+    with pytest.raises(RequestTooLargeError, match="a client's share is 1 and 3"):
+        scheduler.add(Request("d", SimulatedPrompt(13), 1, client="d"), 0.0)
+
+
+def test_the_smallest_share_is_one_seat() -> None:
+    config = SchedulerConfig(64, 4, watermark=0, client_share=0.1)
+    scheduler = Scheduler(config, KVCacheManager(CacheConfig(20, 4)))
+    scheduler.add(Request("a", SimulatedPrompt(5), 4, client="a"), 0.0)
+
+    assert step(scheduler) == ["a"]
+
+
 def test_a_request_that_exceeds_a_share_alone_is_refused_with_the_arithmetic() -> None:
     scheduler = make()
 

@@ -180,6 +180,27 @@ def test_drafts_that_find_no_block_are_dropped_and_preempt_nobody() -> None:
     scheduler.check_invariants()
 
 
+def test_where_blocks_are_short_each_row_keeps_the_drafts_that_fit_into_its_own_blocks() -> None:
+    scheduler = make_scheduler(*(Request(name, [1, 2], 9) for name in "ab"), Request("c", [3, 4, 5], 9), num_blocks=3)
+    step(scheduler)
+
+    plan = scheduler.schedule(0.0, {0: [7, 8, 8], 1: [7, 8, 8], 2: [7, 8, 8]})
+
+    assert plan.num_drafts.tolist() == [1, 1, 0]
+    scheduler.update(plan, StepOutcome([7, 1, 2, 3], [2, 1, 1]), 0.0)
+    scheduler.check_invariants()
+
+
+def test_the_last_blocks_go_to_the_drafts_of_the_rows_that_come_first() -> None:
+    scheduler = make_scheduler(*(Request(name, [1, 2], 14) for name in "ab"), num_blocks=4)
+    step(scheduler)
+
+    plan = scheduler.schedule(0.0, {0: list(range(6)), 1: list(range(9))})
+
+    assert plan.num_drafts.tolist() == [6, 1]  # Of row 0 the last lies in a third block, the last one there is.
+    scheduler.check_invariants()
+
+
 def test_a_waiting_request_gets_its_block_before_drafts_do() -> None:
     scheduler = decoding(num_new=5, num_blocks=2)
     scheduler.add(Request("b", [4, 5], 2), 0.0)

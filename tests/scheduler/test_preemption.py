@@ -11,6 +11,7 @@ from pagedkv.scheduler import (
     PreemptionMode,
     Priority,
     Recompute,
+    Request,
     Swap,
 )
 
@@ -39,6 +40,17 @@ def test_under_priorities_the_least_important_is_preempted() -> None:
     finish(scheduler)
 
     assert {event.request_id for event in sink.named("Preempted")} == {"a"}
+
+
+def test_an_urgent_request_keeps_its_seat_though_nobody_said_who_is_to_lose_it() -> None:
+    sink = Events()
+    scheduler = make_scheduler(num_blocks=4, policy=Priority(ageing_per_s=0), sink=sink)
+    scheduler.add(request("patient", 7, 9, priority=9), 0.0)
+    scheduler.add(request("urgent", 7, 9, priority=0), 1.0)
+
+    finish(scheduler)
+
+    assert {event.request_id for event in sink.named("Preempted")} == {"patient"}
 
 
 def test_only_as_many_lose_their_seat_as_blocks_are_needed() -> None:
@@ -114,3 +126,44 @@ def test_the_cheaper_mode_follows_the_two_costs() -> None:
 
     assert policy.choose(num_computed_tokens=9, num_blocks=1) is PreemptionMode.RECOMPUTE
     assert policy.choose(num_computed_tokens=11, num_blocks=1) is PreemptionMode.SWAP
+
+
+class Asked(list):
+    """A preemption policy that notes what it is asked, and always recomputes."""
+
+    def choose(self, num_tokens: int, num_blocks: int) -> PreemptionMode:
+        self.append((num_tokens, num_blocks))
+        return PreemptionMode.RECOMPUTE
+
+
+@pytest.mark.parametrize(("reads_cache", "num_tokens"), [(True, 4), (False, 20)])
+def test_what_siblings_hold_need_not_be_computed_again(reads_cache, num_tokens) -> None:
+    policy = Asked()
+    scheduler = make_scheduler(num_blocks=7, preemption=policy)
+    scheduler.add(request("twins", 16, 8, n=2, reads_cache=reads_cache), 0.0)
+    while not policy:
+        step(scheduler)
+
+    # Both hold the four blocks of the prompt and have filled one of their own; both need another, one is left.
+    assert policy == [(num_tokens, 5)]
+
+
+def test_what_only_the_victim_holds_counts_whole_and_so_does_what_has_no_name() -> None:
+    policy = Asked()
+    scheduler = make_scheduler(num_blocks=5, preemption=policy)
+    scheduler.add(request("a", 6, 9), 0.0)
+    scheduler.add(Request("b", [*request("a", 4, 1).prompt, 9, 9, 9, 9], 9), 0.0)
+    while not policy:
+        step(scheduler)
+
+    assert policy == [(12 - 4, 3)]  # The first block is a's, too.
+
+
+def test_siblings_whose_prompt_the_others_hold_are_not_moved_to_the_host() -> None:
+    sink = Events()
+    policy = Cheaper(prefill_s_per_token=1.0, transfer_s_per_block=1.0)
+    scheduler = make_scheduler(num_blocks=14, seats=4, host=40, preemption=policy, sink=sink)
+    scheduler.add(request("four", 40, 8, n=4), 0.0)
+    finish(scheduler)
+
+    assert {event.mode for event in sink.named("Preempted")} == {"recompute"}

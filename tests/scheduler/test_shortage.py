@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from small_scheduler import Events
 
 from pagedkv import CacheConfig, KVCacheManager, SimulatedPrompt
+from pagedkv.row_memory import RowMemory
 from pagedkv.scheduler import LowestPriority, Priority, Request, Scheduler, SchedulerConfig
 
 
@@ -40,3 +42,29 @@ def test_siblings_that_share_everything_lose_their_seats_all_the_same() -> None:
     used = [(event.num_used_before, event.num_used_after) for event in events.named("Preempted")]
     assert used
     assert used[0] == (2, 2)
+
+
+def test_a_decode_is_planned_anew_once_however_many_lose_their_seats(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events()
+    scheduler = Scheduler(
+        SchedulerConfig(64, 9, watermark=0), KVCacheManager(CacheConfig(num_blocks=9, block_size=4)), sink=events
+    )
+    for name in "abcdefghi":
+        scheduler.add(Request(name, SimulatedPrompt(4), 4), 0.0)
+    scheduler.update(scheduler.schedule(0.0), None, 0.0)
+    num_tries = 0
+    try_append_single = RowMemory.try_append_single
+
+    def counted(*args):
+        nonlocal num_tries
+        num_tries += 1
+        return try_append_single(*args)
+
+    monkeypatch.setattr(RowMemory, "try_append_single", counted)
+    plan = scheduler.schedule(1.0)
+
+    # Each needs a second block: five give one back until four of the nine can have theirs.
+    told = [(event.request_id, event.num_needed_blocks) for event in events.named("Preempted")]
+    assert told == [("i", 9), ("h", 8), ("g", 7), ("f", 6), ("e", 5)]
+    assert (plan.num_rows, num_tries) == (4, 2)
+    scheduler.check_invariants()

@@ -86,9 +86,9 @@ BUGS = {
     "what just fits is refused": Bug(
         scheduler_module, "reason_to_refuse", "max(request.max_new_tokens - 1, 0)", "request.max_new_tokens"
     ),
-    "a step exceeds its budget": Bug(CatchUp, "_share_budget", "self._config.max_num_batched_tokens - before", "999 - before"),
+    "a step exceeds its budget": Bug(CatchUp, "_share_budget", "self._config.max_num_batched_tokens -", "999 -"),
     "a request takes one seat too many": Bug(
-        Admission, "admit", "> self._config.max_num_running", "> self._config.max_num_running + 1"
+        Admission, "admit", "> max_running", "> max_running + 1"
     ),
     "preemptions are not counted": Bug(Shortage, "preempt", "sample.num_preemptions += 1", "pass"),
     "hits are counted twice": Bug(
