@@ -244,7 +244,7 @@ class BeamSearch:
             slots.append(appended.slots)
             copies += appended.copies
         self._storage.apply(Moves(copies=copies))
-        lengths = np.array([manager.num_computed(sequence_id) for sequence_id in sequence_ids])
+        lengths = np.array([manager.num_computed(sequence_id) for sequence_id in sequence_ids], np.int32)
         counts = np.array([len(new) for new in tokens])
         stops = counts.cumsum()
         rows = np.array([manager.row(sequence_id) for sequence_id in sequence_ids])

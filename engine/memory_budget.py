@@ -114,7 +114,7 @@ def profile_step(model: PagedModel, num_tokens: int) -> None:
         positions=np.arange(num_tokens),
         slot_mapping=np.full(num_tokens, -1, np.int64),
         block_tables=np.zeros((1, width), np.int32),
-        seq_lens=np.array([num_tokens]),
+        seq_lens=np.array([num_tokens], np.int32),
         query_start_loc=np.array([0, num_tokens], np.int32),
         logit_indices=np.array([num_tokens - 1]),
         device=model.device,

@@ -60,12 +60,12 @@ class StepInputs:
         positions: Int64s,
         slot_mapping: Int64s,
         block_tables: Int32s | Tensor,
-        seq_lens: Int64s,
+        seq_lens: Int32s,
         query_start_loc: Int32s,
         logit_indices: Int64s,
         device: torch.device,
     ) -> None:
-        self._lengths = seq_lens.astype(np.int32)
+        self._lengths = seq_lens
         self._starts = query_start_loc
         self._shared: Int32s | None = None
         self._plans: dict[PlanKind, AttentionPlan] = {}

@@ -18,9 +18,8 @@ spec = KVSpec(LAYERS, KV_HEADS, DIM, dtype="float32", block_size=BLOCK_SIZE)
 
 def run_model(step: StepPlan, block_tables: np.ndarray, storage: KVStorage) -> list[int]:
     """Compute the step's tokens, and return a next one for each of its sampling rows."""
-    lengths = step.seq_lens.astype(np.int32)
-    tasks = plan(lengths, step.query_start_loc, num_q_heads=HEADS, num_kv_heads=KV_HEADS)
-    slots, *tables = map(torch.from_numpy, (step.slot_mapping, block_tables, lengths, step.query_start_loc))
+    tasks = plan(step.seq_lens, step.query_start_loc, num_q_heads=HEADS, num_kv_heads=KV_HEADS)
+    slots, *tables = map(torch.from_numpy, (step.slot_mapping, block_tables, step.seq_lens, step.query_start_loc))
     hidden = embedding[step.token_ids] + torch.from_numpy(step.positions)[:, None].sin()
     for layer, projection in enumerate(projections):
         heads = (functional.layer_norm(hidden, hidden.shape[1:]) @ projection).unflatten(1, (-1, DIM))

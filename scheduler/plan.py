@@ -39,7 +39,7 @@ class PlanInputs:
         """Whether it is known that every row computes one token, its last known one."""
         self.is_single: bool | None = True if is_decode else None
         """Whether every row computes one token, as in decoding; None until somebody asks."""
-        self.seq_lens: Int64s | None = None
+        self.seq_lens: Int32s | None = None
         self.query_start_loc: Int32s | None = None
         self.slot_mapping: Int64s | None = None
         self.token_ids: Int32s | None = None
@@ -115,11 +115,11 @@ class StepPlan:
         return np.concatenate([NO_COPIES.sources, *self.inputs.taken])
 
     @property
-    def seq_lens(self) -> Int64s:
-        """(n,) int64: context length of each row after this step."""
+    def seq_lens(self) -> Int32s:
+        """(n,) int32: context length of each row after this step, as attention takes it."""
         inputs = self.inputs
         if inputs.seq_lens is None:
-            inputs.seq_lens = self.starts + self.num_tokens
+            inputs.seq_lens = (self.starts + self.num_tokens).astype(np.int32)
         return inputs.seq_lens
 
     @property

@@ -53,7 +53,7 @@ class DeviceBlockTables:
         elif plan.admitted:
             self._num_sent[[seat.row for seat in plan.admitted]] = 0
         rows, block_size = plan.rows, self.block_size
-        stops = -(-plan.seq_lens // block_size)
+        stops = -(-plan.seq_lens.astype(np.int64) // block_size)
         firsts = np.minimum(self._num_sent[rows], plan.starts // block_size)
         counts = stops - firsts
         owners, columns = rows.repeat(counts), packed_runs(firsts, counts)

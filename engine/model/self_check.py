@@ -106,7 +106,7 @@ def _paged_logits(model: PagedModel, tokens: np.ndarray[Any, np.dtype[np.int32]]
             positions=positions,
             slot_mapping=slots,
             block_tables=table,
-            seq_lens=np.array([stop]),
+            seq_lens=np.array([stop], np.int32),
             query_start_loc=np.array([0, stop - start], np.int32),
             logit_indices=positions - start,
             device=model.device,

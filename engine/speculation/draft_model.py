@@ -157,7 +157,7 @@ class DraftModelDrafter:
         np.cumsum(num_tokens, out=query_start_loc[1:])
         positions = (starts - query_start_loc[:-1]).repeat(num_tokens) + np.arange(len(token_ids))
         table = self.manager.memory.sequences
-        seq_lens = starts + num_tokens
+        seq_lens = (starts + num_tokens).astype(np.int32)
         width = cdiv(int(seq_lens.max()), self.model.block_size)
         step = StepInputs(
             token_ids=token_ids,

@@ -29,7 +29,7 @@ class Accepted(NamedTuple):
 
 def positions_of(plan: StepPlan) -> tuple[Rows, Int64s]:
     """For each of `plan.logit_indices`: the row, and how many tokens its sequence has before the one to sample. O(positions)."""
-    lengths = plan.seq_lens[plan.sampling_sources]
+    lengths = plan.seq_lens[plan.sampling_sources].astype(np.int64)
     if plan.drafts is None:
         return plan.sampling_rows, lengths
     num_drafts = plan.drafts.num_tokens

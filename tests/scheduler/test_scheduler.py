@@ -68,6 +68,16 @@ def test_packed_arrays_of_a_mixed_step() -> None:
     assert plan.logit_indices.tolist() == [0]
 
 
+def test_the_arrays_that_attention_takes_have_its_types() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 3, 2), 0.0)
+
+    plan = scheduler.schedule(0.0)
+
+    assert plan.seq_lens.dtype == plan.query_start_loc.dtype == scheduler.block_tables.dtype == "int32"
+    assert plan.slot_mapping.dtype == "int64"
+
+
 def test_packed_arrays_cannot_be_made_once_the_tables_have_moved_on() -> None:
     scheduler = make_scheduler()
     scheduler.add(request("a", 3, 2), 0.0)
