@@ -23,7 +23,16 @@ from pagedkv.engine.timeline import Timeline
 from pagedkv.errors import ConfigError
 from pagedkv.eviction import EvictionPolicy
 from pagedkv.kv_spec import KVSpec
-from pagedkv.scheduler import PreemptionPolicy, QueuePolicy, Recompute, Scheduler, SchedulerConfig, Swap, VictimPolicy
+from pagedkv.scheduler import (
+    Cheaper,
+    PreemptionPolicy,
+    QueuePolicy,
+    Recompute,
+    Scheduler,
+    SchedulerConfig,
+    Swap,
+    VictimPolicy,
+)
 from pagedkv.storage import KVStorage
 
 __all__ = ["build_engine", "max_length_of"]
@@ -63,6 +72,10 @@ def build_engine(
     """See LLM, whose options these are. Raises UnsupportedModelError, ConfigError or MemoryBudgetError."""
     if num_blocks is not None and kv_memory is not None:
         raise ConfigError("num_blocks and kv_memory say the same thing twice: give one of them")
+    if isinstance(preemption, Swap | Cheaper) and swap_memory is None:
+        raise ConfigError(
+            f"preemption {type(preemption).__name__} has no host memory to move to: give swap_memory, or use Recompute()"
+        )
     model.eval()
     layers = inspect_model(model)
     if self_check:

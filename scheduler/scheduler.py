@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.arrays import MAX_TOKENS, Int32s, Int64s, Rows, as_int, as_time, shown
 from pagedkv.config import require_kind, require_object
-from pagedkv.errors import DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
+from pagedkv.errors import ConfigError, DuplicateIdError, InvalidArgumentError, StalePlanError, UnknownIdError
 from pagedkv.manager import KVCacheManager
 from pagedkv.scheduler.admission import Admission
 from pagedkv.scheduler.client_shares import ClientShares
@@ -22,7 +22,7 @@ from pagedkv.scheduler.order import FCFS, LowestPriority, QueuePolicy, VictimPol
 from pagedkv.scheduler.outcome import NewTokens, StepOutcome, checked_outcome
 from pagedkv.scheduler.plan import StepPlan
 from pagedkv.scheduler.planning import StepPlanner
-from pagedkv.scheduler.preemption import PreemptionPolicy, Recompute
+from pagedkv.scheduler.preemption import Cheaper, PreemptionPolicy, Recompute, Swap
 from pagedkv.scheduler.recount import check_samples
 from pagedkv.scheduler.refusal import QueueFullError, RequestTooLargeError, reason_to_refuse
 from pagedkv.scheduler.request import Request
@@ -70,6 +70,10 @@ class Scheduler:
         ):
             if part is not None:
                 require_object(name, part, verb, example)
+        if isinstance(preemption, Swap | Cheaper) and not manager.config.num_host_blocks:
+            raise ConfigError(
+                f"preemption {type(preemption).__name__} has no host blocks to move to: give num_host_blocks, or use Recompute()"
+            )
         self.config = config
         self.manager = manager
         self._memory = manager.memory

@@ -59,48 +59,55 @@ def _tenants() -> Arrivals:
 
 
 def scheduler_scenarios() -> list[Scenario]:
-    """All of them; the same in every run. Each takes some hundredths of a second with pagedkv's own scheduler."""
+    """All of them; the same in every run. Each takes some hundredths of a second with pagedkv's own scheduler.
+
+    All have host blocks, for schedulers that swap; "few preemptions" has too few of them.
+    """
     overload = _requests(3, 14, prompt=(1, 30), new=(4, 30), every=0)
     return [
         Scenario(
-            "steady", SchedulerConfig(64, 8), CacheConfig(64, 4), tuple(_requests(1, 12, prompt=(1, 20), new=(1, 9)))
+            "steady",
+            SchedulerConfig(64, 8),
+            CacheConfig(64, 4, 64),
+            tuple(_requests(1, 12, prompt=(1, 20), new=(1, 9))),
         ),
         Scenario(
             "chunks",
             SchedulerConfig(8, 4, long_prefill_tokens=5, watermark=0),
-            CacheConfig(40, 4),
+            CacheConfig(40, 4, 40),
             tuple(_requests(2, 8, prompt=(10, 40), new=(1, 9))),
         ),
-        Scenario("overload", SchedulerConfig(32, 8, watermark=0), CacheConfig(20, 4), tuple(overload)),
+        Scenario("overload", SchedulerConfig(32, 8, watermark=0), CacheConfig(20, 4, 20), tuple(overload)),
         Scenario(
             "few preemptions",
             SchedulerConfig(32, 8, watermark=0, max_preemptions=1),
-            CacheConfig(20, 4),
+            CacheConfig(20, 4, 8),
             tuple(overload),
         ),
-        Scenario("overload with a host", SchedulerConfig(32, 8, watermark=0), CacheConfig(20, 4, 20), tuple(overload)),
         Scenario("overload without names", SchedulerConfig(32, 8), CacheConfig(20, 4, 20, False), tuple(overload)),
         Scenario(
             "whole prompts",
             SchedulerConfig(40, 4, chunked_prefill=False),
-            CacheConfig(24, 4),
+            CacheConfig(24, 4, 24),
             tuple(_requests(4, 10, prompt=(1, 25), new=(1, 9))),
         ),
         Scenario(
             "shared beginnings",
             SchedulerConfig(32, 8, watermark=0),
-            CacheConfig(24, 4),
+            CacheConfig(24, 4, 24),
             tuple(_requests(5, 14, prompt=(1, 9), new=(1, 20), shared=13)),
         ),
         Scenario("two tenants", SchedulerConfig(32, 4, watermark=0), CacheConfig(24, 4, 24), tuple(_tenants())),
         Scenario(
             "several samples",
             SchedulerConfig(32, 8),
-            CacheConfig(60, 4),
+            CacheConfig(60, 4, 60),
             tuple(_requests(6, 9, prompt=(1, 9), new=(1, 12), n=3)),
         ),
-        Scenario("edges", SchedulerConfig(16, 4), CacheConfig(8, 4), tuple(_edges())),
-        Scenario("stream", SchedulerConfig(64, 16, watermark=0, max_bypasses=3), CacheConfig(16, 4), tuple(_stream())),
+        Scenario("edges", SchedulerConfig(16, 4), CacheConfig(8, 4, 8), tuple(_edges())),
+        Scenario(
+            "stream", SchedulerConfig(64, 16, watermark=0, max_bypasses=3), CacheConfig(16, 4, 16), tuple(_stream())
+        ),
         Scenario(
             "aborts",
             SchedulerConfig(24, 4, watermark=0),

@@ -21,7 +21,7 @@ from pagedkv.engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from pagedkv.scheduler import RequestTooLargeError, SchedulerConfig
+from pagedkv.scheduler import RequestTooLargeError, SchedulerConfig, Swap
 
 PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -347,6 +347,13 @@ def test_memory_that_is_not_there_is_refused_with_the_arithmetic(model: Any) -> 
         make_llm(model, num_blocks=None, kv_memory="4 gigs")
     with pytest.raises(ConfigError, match="say the same thing twice"):
         make_llm(model, kv_memory="1MiB")
+
+
+def test_swapping_without_swap_memory_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="preemption Swap has no host memory to move to: give swap_memory"):
+        make_llm(model, preemption=Swap())
+
+    assert make_llm(model, preemption=Swap(), swap_memory="1MiB").engine.scheduler.manager.config.num_host_blocks > 0
 
 
 @pytest.mark.usefixtures("no_meminfo")

@@ -7,7 +7,7 @@ from small_scheduler import Events
 
 from pagedkv import CacheConfig, InvariantViolation, KVCacheManager, SimulatedPrompt, UnknownIdError
 from pagedkv.row_memory import RowMemory
-from pagedkv.scheduler import Cheaper, PreemptionMode, Request, Scheduler, SchedulerConfig, Swap
+from pagedkv.scheduler import Cheaper, PreemptionMode, Recompute, Request, Scheduler, SchedulerConfig, Swap
 
 
 def make_scheduler(
@@ -15,7 +15,8 @@ def make_scheduler(
 ) -> Scheduler:
     """Blocks of two tokens."""
     manager = KVCacheManager(CacheConfig(num_blocks, 2, host))
-    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=Swap(), sink=sink)
+    preemption = Swap() if host else Recompute()
+    return Scheduler(SchedulerConfig(budget, seats, watermark=0.0, **config), manager, preemption=preemption, sink=sink)
 
 
 def step(scheduler: Scheduler):

@@ -31,7 +31,7 @@ scenarios = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32 - 1),
         "block_size": st.sampled_from([1, 2, 3, 4]),
         "num_blocks": st.integers(24, 40),
-        "num_host_blocks": st.sampled_from([0, 8, 60]),
+        "num_host_blocks": st.sampled_from([1, 8, 60]),
         "preemption": st.sampled_from(sorted(PREEMPTIONS)),
         "prefix_caching": st.sampled_from([True, True, False]),
         "budget": st.sampled_from([6, 12, 64]),

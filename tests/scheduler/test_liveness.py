@@ -27,7 +27,7 @@ def overload(
 ):
     """Run a burst of requests on a pool that holds a few of them; returns the steps, preemptions of each, stated steps."""
     rng = np.random.default_rng(seed)
-    manager = KVCacheManager(CacheConfig(num_blocks, 4, num_blocks if rng.random() < 0.5 else 0))
+    manager = KVCacheManager(CacheConfig(num_blocks, 4, num_blocks if rng.random() < 0.5 else 1))
     config = SchedulerConfig(64, 16, watermark=watermark, max_preemptions=max_preemptions)
     scheduler = Scheduler(config, manager, **policies)
     num_stated = 0
@@ -182,7 +182,7 @@ def test_no_wait_is_longer_than_what_was_stated_when_it_began_whoever_comes_late
     seed, watermark, preemption, max_bypasses, max_preemptions
 ) -> None:
     rng = np.random.default_rng(seed)
-    manager = KVCacheManager(CacheConfig(24, 4, 24 if rng.random() < 0.5 else 0))
+    manager = KVCacheManager(CacheConfig(24, 4, 24 if rng.random() < 0.5 else 1))
     config = SchedulerConfig(
         32, 6, watermark=watermark, max_bypasses=max_bypasses, max_preemptions=max_preemptions, long_prefill_tokens=16
     )

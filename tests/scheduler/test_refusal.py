@@ -15,12 +15,14 @@ from pagedkv import (
     KVCacheManager,
 )
 from pagedkv.scheduler import (
+    Cheaper,
     LatestArrival,
     Priority,
     Request,
     RequestTooLargeError,
     Scheduler,
     SchedulerConfig,
+    Swap,
 )
 
 
@@ -141,6 +143,15 @@ def test_a_time_that_is_no_number_is_refused_and_changes_nothing(now) -> None:
     assert (scheduler.in_flight, scheduler.num_running, scheduler.num_waiting) == (plan, 1, 0)
     scheduler.check_invariants()
     scheduler.update(plan, [1], 0.0)
+
+
+@pytest.mark.parametrize("preemption", [Swap(), Cheaper(1.0, 1.0)])
+def test_swapping_without_host_blocks_is_refused(preemption) -> None:
+    name = type(preemption).__name__
+    with pytest.raises(ConfigError, match=f"preemption {name} has no host blocks to move to: give num_host_blocks"):
+        make_scheduler(host=0, preemption=preemption)
+
+    make_scheduler(host=1, preemption=preemption)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Service:
 
 
 @pytest.mark.parametrize("point", ALLOCATION_POINTS)
-@pytest.mark.parametrize("num_host_blocks", [0, 12])
+@pytest.mark.parametrize("num_host_blocks", [1, 12])
 def test_the_nth_allocation_fails_for_every_n(point: str, num_host_blocks: int) -> None:
     reached = Service(num_host_blocks=num_host_blocks)
     reached.run()

@@ -63,7 +63,7 @@ def build_scheduler(service: Service, sink: WorldSink) -> Scheduler:
         manager_class(service.cache, eviction=eviction),
         policy=Priority() if service.by_priority else FCFS(),
         victim=LowestPriority() if service.by_priority else LatestArrival(),
-        preemption=PREEMPTION[service.preemption],
+        preemption=PREEMPTION[service.preemption if service.cache.num_host_blocks else "recompute"],
         sink=sink,
     )
 
