@@ -23,7 +23,7 @@ from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.outputs import BeamOutput, Piece, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.speculation import Drafter
-from pagedkv.errors import InvalidArgumentError
+from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
 from pagedkv.scheduler import PreemptionPolicy, QueuePolicy, SchedulerConfig, VictimPolicy
 
@@ -56,8 +56,8 @@ class LLM:
         kv_memory: str | int | float | None = None,
         kv_dtype: str | None = None,
         swap_memory: str | int | None = None,
-        max_num_batched_tokens: int = 2048,
-        max_num_running: int = 256,
+        max_num_batched_tokens: int | None = None,
+        max_num_running: int | None = None,
         scheduler_config: SchedulerConfig | None = None,
         prefix_caching: bool = True,
         eviction: EvictionPolicy | None = None,
@@ -80,7 +80,7 @@ class LLM:
                      nothing is said), or of a machine's available memory for K/V (0.25)
         kv_dtype:    "int8", "int4", "float8_e4m3fn", ...: a quantised cache; None: as the model
         swap_memory: host memory for swapping requests out; then preemption swaps, without it, it recomputes
-        max_num_batched_tokens, max_num_running: of a step; or a whole `scheduler_config`
+        max_num_batched_tokens, max_num_running: of a step, 2048 and 256 if nothing is said; or a whole `scheduler_config`
         eviction, policy, victim, preemption: as KVCacheManager and Scheduler take them
         drafter:     guesses tokens that a step verifies: NgramDrafter() or DraftModelDrafter(small_model); the tokens are
                      those of plain decoding
@@ -92,13 +92,17 @@ class LLM:
 
         Raises UnsupportedModelError, ConfigError, MemoryBudgetError.
         """
+        if scheduler_config is None:
+            scheduler_config = SchedulerConfig(
+                max_num_batched_tokens=2048 if max_num_batched_tokens is None else max_num_batched_tokens,
+                max_num_running=256 if max_num_running is None else max_num_running,
+            )
+        elif max_num_batched_tokens is not None or max_num_running is not None:
+            name = "max_num_running" if max_num_batched_tokens is None else "max_num_batched_tokens"
+            raise ConfigError(f"{name} and scheduler_config say the same thing twice: give one of them")
         if isinstance(model, str | Path):
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        if scheduler_config is None:
-            scheduler_config = SchedulerConfig(
-                max_num_batched_tokens=max_num_batched_tokens, max_num_running=max_num_running
-            )
         self._engine: Engine | None = build_engine(
             model,
             tokenizer,

@@ -349,6 +349,12 @@ def test_memory_that_is_not_there_is_refused_with_the_arithmetic(model: Any) -> 
         make_llm(model, kv_memory="1MiB")
 
 
+@pytest.mark.parametrize("option", ["max_num_running", "max_num_batched_tokens"])
+def test_limits_beside_a_scheduler_config_are_refused(model: Any, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} and scheduler_config say the same thing twice: give one of them"):
+        make_llm(model, scheduler_config=SchedulerConfig(64, 4), **{option: 4})
+
+
 def test_swapping_without_swap_memory_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="preemption Swap has no host memory to move to: give swap_memory"):
         make_llm(model, preemption=Swap())
