@@ -133,6 +133,7 @@ class Engine:
             stop_token_ids=self._ends_of(params),
             n=params.n,
         )
+        self.limits.check_priority(priority)
         self.scheduler.add(request, now)
         self._requests[request_id] = live
         self._observers.on_request(request, now)

@@ -143,7 +143,7 @@ class LLM:
         """Complete all prompts, together; outputs come in the order of the prompts.
 
         params:   for all prompts, or one for each; SamplingParams() if None
-        priority: of all of them, the lower the sooner, for a queue policy that looks at it
+        priority: of all of them, the lower the sooner; refused if no policy looks at it
         salt:     prompts of different salt share no cached blocks
         client:   whose share they take, if there are shares
         progress: whether a bar is shown; None: on a terminal, after two seconds

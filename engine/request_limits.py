@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pagedkv.arrays import Int32s
+from pagedkv.arrays import Int32s, shown
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidArgumentError
-from pagedkv.scheduler import Request, RequestTooLargeError, Scheduler
+from pagedkv.scheduler import FCFS, Request, RequestTooLargeError, Scheduler
 from pagedkv.scheduler.client_shares import ClientShares
 from pagedkv.scheduler.refusal import reason_to_refuse
 
@@ -32,6 +32,13 @@ class RequestLimits:
         if params.logprobs is not None and params.logprobs > self._vocab_size:
             raise InvalidArgumentError(
                 f"logprobs {params.logprobs} exceeds the vocabulary of {self._vocab_size} tokens"
+            )
+
+    def check_priority(self, priority: float) -> None:
+        """Whether anybody looks at it. A policy that is not ours may."""
+        if priority and isinstance(self._scheduler.policy, FCFS):
+            raise InvalidArgumentError(
+                f"priority {shown(priority)} would do nothing: give LLM a policy that looks at it, such as Priority()"
             )
 
     def check_prompt(self, token_ids: Int32s, params: SamplingParams) -> None:

@@ -21,7 +21,7 @@ from pagedkv.engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from pagedkv.scheduler import RequestTooLargeError, SchedulerConfig, Swap
+from pagedkv.scheduler import FCFS, Priority, RequestTooLargeError, SchedulerConfig, Swap
 
 PROMPTS = [np.random.default_rng(1).integers(1, VOCABULARY, length).tolist() for length in (4, 11, 30)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -266,7 +266,7 @@ def test_a_request_that_can_never_fit_takes_the_others_of_its_call_back(model: A
 
 @pytest.mark.parametrize("verb", ["generate", "stream", "chat"])
 def test_priority_salt_and_client_reach_the_scheduler(model: Any, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = make_llm(make_model("llama", vocab_size=267), tokenizer=make_tokenizer())
+    llm = make_llm(make_model("llama", vocab_size=267), tokenizer=make_tokenizer(), policy=Priority())
     added: list[Any] = []
     add = llm.engine.scheduler.add
     monkeypatch.setattr(llm.engine.scheduler, "add", lambda request, now: (added.append(request), add(request, now)))
@@ -275,6 +275,15 @@ def test_priority_salt_and_client_reach_the_scheduler(model: Any, verb: str, mon
     list(getattr(llm, verb)(prompt, GREEDY, priority=-2.5, salt=b"tenant", client="somebody"))
 
     assert [(request.priority, request.salt, request.client) for request in added] == [(-2.5, b"tenant", "somebody")]
+
+
+def test_a_priority_that_nobody_looks_at_is_refused(model: Any) -> None:
+    llm = make_llm(model, policy=FCFS())
+    with pytest.raises(InvalidArgumentError, match=r"priority 5 would do nothing: give LLM a policy .* Priority\(\)"):
+        llm.generate(PROMPTS, GREEDY, priority=5)
+
+    assert not llm.engine.has_work
+    make_llm(model, policy=Priority()).generate(PROMPTS[0], GREEDY, priority=5)
 
 
 def test_numbers_of_params_and_prompts_must_agree(model: Any) -> None:
