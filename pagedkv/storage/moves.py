@@ -60,8 +60,10 @@ def checked_runs(name: str, copies: BlockCopies, num_sources: int, num_targets: 
     itself is left out: torch refuses to, in the middle of all the others.
 
     Raises BlockStateError for ids that are no block and for a target that stands twice, InvalidArgumentError for what
-    are no ids.
+    are no copies or no ids.
     """
+    if not isinstance(copies, BlockCopies):
+        raise InvalidArgumentError(f"{name} must be BlockCopies(sources, targets), found {type(copies).__name__}")
     if not len(copies.sources) and not len(copies.targets):
         return []
     sources = checked_block_ids(f"{name}.sources", copies.sources, num_sources)

@@ -84,6 +84,8 @@ class KVStorage:
         device = torch.device(device)
         if device.type not in ("cpu", "cuda"):
             raise ConfigError(f"device must be a CPU or a CUDA device, found {device}")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is {device}, but this torch sees no CUDA GPU: use device='cpu'")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.spec = spec

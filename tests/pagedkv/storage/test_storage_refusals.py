@@ -30,6 +30,12 @@ BAD_MOVES = [
     ("swaps_in", pairs((3, 0)), BlockStateError, "swaps_in.sources: there is no block 3 among 3"),
     ("swaps_in", pairs((0, 2)), BlockStateError, "swaps_in.targets: there is no block 2 among 2"),
     ("swaps_in", pairs((0, 0), (1, 0)), BlockStateError, "swaps_in.targets: block 0 stands there twice"),
+    (
+        "copies",
+        np.array([[0, 1]]),
+        InvalidArgumentError,
+        r"copies must be BlockCopies\(sources, targets\), found ndarray",
+    ),
     ("copies", BlockCopies(ids(0), ids(0, 1)), InvalidArgumentError, "copies has 1 sources and 2 targets"),
     (
         "copies",
@@ -179,3 +185,10 @@ def test_a_fault_at_any_line_of_a_write_leaves_the_blocks_as_they_were(call: str
 def test_a_storage_that_cannot_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         KVStorage(**{"spec": small_spec(), "num_blocks": 2, **options})
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="device is cuda, but this torch sees no CUDA GPU: use device='cpu'"):
+        KVStorage(small_spec(), 2, "cuda")
