@@ -56,6 +56,8 @@ def attention_features(
     """Check what can be seen without reading a value, and say what the call asks of a backend. O(1)."""
     # A layer pays for these lines at every step, so each attribute of a tensor is read once and messages are put
     # together only where something is wrong.
+    if not isinstance(query, Tensor):
+        raise _no_tensor("query", query)
     device, dtype, shape = query.device, query.dtype, query.shape
     if len(shape) != 3:
         raise _misfit("query must be (tokens, q_heads, head_dim)", query)
@@ -137,6 +139,8 @@ def check_write(
     """Check a write, but for the values of `slot_mapping`. O(1)."""
     if (value is None) != (value_cache is None):
         raise AttentionArgumentError("value and value_cache are given both or, for a latent cache, neither")
+    if not isinstance(key, Tensor):
+        raise _no_tensor("key", key)
     device, dtype, shape = key.device, key.dtype, key.shape
     cache_format, cache_shape = _check_cache("key_cache", key_cache, device)
     _check_new("key", key, key_cache, cache_format, k_scale, key)
@@ -151,6 +155,8 @@ def check_write(
             raise AttentionArgumentError(
                 f"value_cache {_looks(value_cache)} does not match key_cache {_looks(key_cache)}"
             )
+    if not isinstance(slot_mapping, Tensor):
+        raise _no_tensor("slot_mapping", slot_mapping)
     if slot_mapping.shape != shape[:1]:
         raise _misfit(f"slot_mapping must be ({shape[0]},)", slot_mapping)
     if slot_mapping.dtype != torch.int64:
@@ -172,6 +178,8 @@ def _check_new(
     name: str, new: Tensor, cache: Tensor, cache_format: CacheFormat, scale: Tensor | None, key: Tensor
 ) -> None:
     """Check keys or values that are to be written to a cache which has been checked."""
+    if not isinstance(new, Tensor):
+        raise _no_tensor(name, new)
     dtype, shape, cache_shape = new.dtype, new.shape, cache.shape
     if len(shape) != 3:
         raise _misfit(f"{name} must be (tokens, kv_heads, head_dim)", new)
@@ -195,7 +203,14 @@ def _looks(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
+def _no_tensor(name: str, value: object) -> AttentionArgumentError:
+    kind = type(value)
+    return AttentionArgumentError(f"{name} must be a torch tensor, found {kind.__module__}.{kind.__qualname__}")
+
+
 def _misfit(rule: str, tensor: Tensor) -> AttentionArgumentError:
+    if not isinstance(tensor, Tensor):  # An array of numpy's would be told of as what it should have been.
+        return _no_tensor(rule.partition(" ")[0], tensor)
     return AttentionArgumentError(f"{rule}, found {_looks(tensor)}")
 
 
@@ -211,6 +226,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def _check_indices(name: str, tensor: Tensor, ndim: int, device: torch.device) -> torch.Size:
     """The shape."""
+    if not isinstance(tensor, Tensor):
+        raise _no_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) != ndim or tensor.dtype != torch.int32:
         raise _misfit(f"{name} must be {ndim}-D int32", tensor)
@@ -220,6 +237,8 @@ def _check_indices(name: str, tensor: Tensor, ndim: int, device: torch.device) -
 
 def _check_cache(name: str, cache: Tensor, device: torch.device) -> tuple[CacheFormat, torch.Size]:
     """The format and the shape."""
+    if not isinstance(cache, Tensor):
+        raise _no_tensor(name, cache)
     shape = cache.shape
     if len(shape) != 4:
         raise _misfit(f"{name} must be (blocks, block_size, kv_heads, head_dim)", cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ __all__ = ["paged_attention", "write_kv"]
 # With the overload named, torch need not look for it at each call.
 _ATTEND = torch.ops.pagedkv.paged_attention.default
 _WRITE = torch.ops.pagedkv.write_kv.default
+NUMBERS = (float, int, np.floating)
 
 
 @overload
@@ -142,10 +144,10 @@ def paged_attention(
         raise AttentionArgumentError("tree_mask needs causal=True and goes with neither window nor alibi_slopes")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2])
-    elif not math.isfinite(scale):
-        raise AttentionArgumentError(f"scale must be finite, or None, found {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise AttentionArgumentError(f"softcap must be above 0 and finite, or None, found {softcap}")
+    elif not isinstance(scale, NUMBERS) or not math.isfinite(scale):
+        raise AttentionArgumentError(f"scale must be finite, or None, found {scale!r}")
+    if softcap is not None and not (isinstance(softcap, NUMBERS) and 0 < softcap < math.inf):
+        raise AttentionArgumentError(f"softcap must be above 0 and finite, or None, found {softcap!r}")
     if plan is not None:
         _check_plan(plan, query, key_cache, (seq_lens, query_start_loc), causal, (left, right), backend)
         if plan.shares_prefixes and (tree_mask is not None or alibi_slopes is not None):

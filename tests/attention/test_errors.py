@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_steps import SmallStep, small_step
@@ -89,6 +90,15 @@ def test_tensors_of_the_wrong_shape_or_dtype_are_named(
     assert message in wrong(**{field: change})
 
 
+@pytest.mark.parametrize("field", ["query", "key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc"])
+def test_what_is_no_tensor_is_named(field: str) -> None:
+    step = step_of_two()
+    tensor = getattr(step, field)
+    for value, kind in ((tensor.numpy(), "numpy.ndarray"), (tensor.tolist(), "builtins.list")):
+        with pytest.raises(AttentionArgumentError, match=f"{field} must be a torch tensor, found {kind}"):
+            paged_attention(*dataclasses.replace(step, **{field: value}).tensors)
+
+
 @pytest.mark.parametrize("field", ["key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc"])
 def test_tensors_on_another_device_are_named(field: str) -> None:
     assert f"{field} is on meta, expected cpu" in wrong(**{field: lambda x: x.to("meta")})
@@ -127,6 +137,9 @@ def test_values_that_do_not_fit_are_named(field: str, values: list[Any], message
         ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
         ({"alibi_slopes": torch.zeros(4, 1)}, "alibi_slopes must be (4,)"),
         ({"scale": float("nan")}, "scale must be finite, or None, found nan"),
+        ({"sinks": np.zeros(4, np.float32)}, "sinks must be a torch tensor, found numpy.ndarray"),
+        ({"scale": "x"}, "scale must be finite, or None, found 'x'"),
+        ({"softcap": "x"}, "softcap must be above 0 and finite, or None, found 'x'"),
         ({"scale": float("-inf")}, "scale must be finite, or None, found -inf"),
         ({"softcap": 0.0}, "softcap must be above 0 and finite, or None, found 0.0"),
         ({"softcap": float("inf")}, "softcap must be above 0 and finite, or None, found inf"),
@@ -284,6 +297,9 @@ def test_a_missing_backend_is_passed_over_unless_asked_for(stubborn: Stubborn) -
         ({"value": None}, "value and value_cache are given both or, for a latent cache, neither"),
         ({"key": torch.ones(2, 8)}, "key must be (tokens, kv_heads, head_dim)"),
         ({"key": torch.ones(2, 2, 8).int()}, "key must be of floats"),
+        ({"key": np.ones((2, 2, 8), np.float32)}, "key must be a torch tensor, found numpy.ndarray"),
+        ({"value": np.ones((2, 2, 8), np.float32)}, "value must be a torch tensor, found numpy.ndarray"),
+        ({"slot_mapping": [1, 2]}, "slot_mapping must be a torch tensor, found builtins.list"),
         ({"value": torch.ones(2, 2, 8).half()}, "value must be torch.float32, as key is"),
         ({"value": torch.ones(2, 2, 8).int()}, "value must be of floats"),
         ({"value": torch.ones(3, 2, 8)}, "value (3, 2, 8) does not fit 2 tokens and value_cache (3, 4, 2, 8)"),
