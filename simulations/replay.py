@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pagedkv import CacheConfig, ConfigError, KVCacheManager, __version__
+from pagedkv import CacheConfig, ConfigError, InvalidArgumentError, KVCacheManager, __version__
 from pagedkv.eviction import make_policy
 from pagedkv.scheduler import (
     FCFS,
@@ -44,6 +44,7 @@ __all__ = ["HARDWARE_OPTIONS", "ReplayConfig", "StepCosts", "VirtualEngine", "re
 HARDWARE_OPTIONS = ("model", "device", "num_devices", "weight_bits", "kv_bits")
 """Fields of ReplayConfig that name presets and how the model lies on the devices."""
 DEFAULT_BLOCK_SIZE = 16
+PREEMPTIONS = ("recompute", "swap", "cheaper")
 
 StepCosts = RooflineCostModel | LinearCostModel
 """Cost models that also tell what recomputing and swapping cost."""
@@ -60,7 +61,8 @@ class ReplayConfig:
     rate_scale:      2 lets requests arrive twice as fast
     leaps:           whether runs of identical decode steps are taken at once; the outcome is the same
     checks:          whether every invariant is recounted after each 1,000 plans
-    The others are those of SchedulerConfig, of the cost model's presets, and the names of policies.
+    The others are those of SchedulerConfig, of the cost model's presets, and the names of policies. Raises ConfigError or
+    InvalidArgumentError for a name that nothing has; numbers are checked by what takes them, in `replay`.
     """
 
     model: str = "Llama-3-8B"
@@ -87,6 +89,14 @@ class ReplayConfig:
     rate_scale: float = 1.0
     leaps: bool = True
     checks: bool = False
+
+    def __post_init__(self) -> None:
+        get_model(self.model)
+        get_device(self.device)
+        make_policy(self.eviction, 1)
+        order_named(self.policy)
+        if self.preemption not in PREEMPTIONS:
+            raise ConfigError(f"preemption must be one of {', '.join(PREEMPTIONS)}, found {self.preemption!r}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,8 +131,8 @@ def replay(
 
     `cost_model` says how long steps take; by default the roofline of `config`'s model and device, which otherwise only say
     how many blocks there are, and nothing if `config` says that, too. `progress` gets the number of ended requests now and
-    then. Deterministic: same trace and configuration, same run, apart from `wall_s`. Raises ConfigError, with nothing done,
-    for contradictions.
+    then. Deterministic: same trace and configuration, same run, apart from `wall_s`. Raises InvalidArgumentError for what is
+    no trace and ConfigError for contradictions, with nothing done.
 
     >>> from pagedkv.simulations.traces import sample_trace
     >>> run = replay(sample_trace().head(10))
@@ -130,6 +140,8 @@ def replay(
     10
     """
     started = time.perf_counter()
+    if not isinstance(trace, Trace):
+        raise InvalidArgumentError(f"trace must be a Trace, found a {type(trace).__name__}: load_trace(path) reads one")
     config = ReplayConfig() if config is None else config
     trace = scale_arrivals(trace, config.rate_scale)
     engine = _engine_of(trace, config, cost_model)
@@ -247,11 +259,9 @@ def order_named(name: str) -> tuple[QueuePolicy, VictimPolicy]:
 
 
 def preemption_named(name: str, cost_model: StepCosts) -> PreemptionPolicy:
-    """The policy that a name stands for; `cost_model` tells it what is cheaper. Raises ConfigError."""
+    """The policy that one of `PREEMPTIONS` stands for; `cost_model` tells it what is cheaper."""
     if name == "recompute":
         return Recompute()
     if name == "swap":
         return Swap()
-    if name == "cheaper":
-        return Cheaper(cost_model.prefill_s_per_token, cost_model.swap_s_per_block)
-    raise ConfigError(f"preemption must be one of recompute, swap, cheaper, found {name!r}")
+    return Cheaper(cost_model.prefill_s_per_token, cost_model.swap_s_per_block)

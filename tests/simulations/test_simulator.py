@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv import ConfigError
+from pagedkv import ConfigError, InvalidArgumentError
 from pagedkv.scheduler import EventLog
 from pagedkv.simulations.metrics import summarize
 from pagedkv.simulations.replay import ReplayConfig, replay
@@ -54,7 +54,7 @@ configurations = st.fixed_dictionaries(
     {
         "block_size": st.sampled_from([2, 4]),
         "num_blocks": st.integers(24, 60),
-        "num_host_blocks": st.sampled_from([0, 10, 60]),
+        "num_host_blocks": st.sampled_from([1, 10, 60]),
         "preemption": st.sampled_from(["recompute", "swap", "cheaper"]),
         "policy": st.sampled_from(["fcfs", "priority"]),
         "eviction": st.sampled_from(["lru", "fifo", "s3-fifo", "sieve"]),
@@ -188,6 +188,27 @@ def test_a_wrong_configuration_is_one_typed_error(wrong: dict[str, Any]) -> None
 
     assert "\n" not in str(caught.value)
     assert type(caught.value).__module__.startswith("pagedkv")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": "Llama3"}, "Llama3"),
+        ({"device": "H1000"}, "H1000"),
+        ({"policy": "x"}, "policy must be one of fcfs, priority, found 'x'"),
+        ({"preemption": "x"}, "preemption must be one of recompute, swap, cheaper, found 'x'"),
+        ({"eviction": "x"}, "eviction policy must be one of lru, .* found 'x'"),
+    ],
+    ids=str,
+)
+def test_a_name_that_nothing_has_is_refused_before_a_trace_is_there(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, InvalidArgumentError), match=message):
+        ReplayConfig(**wrong)
+
+
+def test_the_path_of_a_trace_is_no_trace() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"found a str: load_trace\(path\) reads one"):
+        replay("trace.csv")
 
 
 def test_a_block_size_that_cuts_through_named_blocks_is_refused() -> None:
