@@ -88,7 +88,8 @@ class KVSpec:
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if not isinstance(self.dtype, str) or self.dtype not in BITS_PER_ELEMENT:
-            raise ConfigError(f"dtype must be one of {', '.join(BITS_PER_ELEMENT)}, found {shown(self.dtype)}")
+            hint = ": fp8 is float8_e4m3fn" if self.dtype == "fp8" else ""
+            raise ConfigError(f"dtype must be one of {', '.join(BITS_PER_ELEMENT)}, found {shown(self.dtype)}{hint}")
         if not isinstance(self.is_latent, bool):
             raise ConfigError(f"is_latent must be True or False, found {self.is_latent!r}")
         head_dim, value_dim = self.dims

@@ -127,6 +127,11 @@ def test_a_dtype_is_one_of_the_names(dtype: object) -> None:
         KVSpec(1, 1, 8, dtype=dtype)
 
 
+def test_fp8_by_its_short_name_is_told_of_the_long_one() -> None:
+    with pytest.raises(ConfigError, match="found 'fp8': fp8 is float8_e4m3fn"):
+        KVSpec(1, 1, 8, dtype="fp8")
+
+
 def test_int4_needs_pairs_of_channels() -> None:
     with pytest.raises(ConfigError, match="head_dim must be even, found 7"):
         KVSpec(1, 1, 7, dtype="int4")
