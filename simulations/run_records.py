@@ -176,8 +176,8 @@ def read_header(folder: str | Path) -> RunHeader:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_HEADER_BYTES + 1)
-    except FileNotFoundError:
-        raise TraceError(f"{folder}: expected a trace, or the folder of a recorded run, found no run.json") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise TraceError(f"{folder}: expected the folder of a recorded run, found no run.json") from None
     except OSError as error:
         raise TraceError(f"{path}: expected a readable file, found {error.strerror}") from None
     if len(raw) > MAX_HEADER_BYTES:

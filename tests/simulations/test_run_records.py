@@ -278,7 +278,7 @@ def test_a_run_that_was_cut_off_is_read_up_to_its_last_complete_lines(tmp_path: 
 
 
 DAMAGED = {
-    "no header": ("run.json", None, "expected a trace, or the folder of a recorded run, found no run.json"),
+    "no header": ("run.json", None, "expected the folder of a recorded run, found no run.json"),
     "not json": ("run.json", lambda text: text[:50], "run.json: expected JSON, found something else"),
     "version": ("run.json", lambda text: text.replace('"pagedkv_run": 1', '"pagedkv_run": 9'), "version 1, found 9"),
     "policy": ("run.json", lambda text: text.replace('"FCFS"', '"Lifo"'), "configuration of an engine, found"),

@@ -121,7 +121,8 @@ def test_with_a_cost_model_and_a_number_of_blocks_no_hardware_is_named(folder: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", "absent"), "absent: expected a trace, or the folder of a recorded run, found no run.json"),
+        (("fit", "absent"), "absent: expected the folder of a recorded run, found no run.json"),
+        (("fit", "monday/trace.jsonl"), "trace.jsonl: expected the folder of a recorded run, found no run.json"),
         (("replay", "."), "found no run.json"),
         (("fit", "monday", "--out", "absent/m.json"), "error: absent/m.json: no such file or directory"),
         (("fit", "monday", "--out", "."), "error: .: "),
