@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pagedkv.errors import InvalidArgumentError, PagedKVError, TraceError
 from pagedkv.simulations.file_errors import one_line
+from pagedkv.simulations.reports.quantities import to_count, to_duration, to_rate, to_share
 from pagedkv.simulations.traces.formats.protocol import TRACE_FORMATS
 from pagedkv.simulations.traces.generator import LengthDistribution, SharedPrefixes, generate_trace
 from pagedkv.simulations.traces.loading import load_trace, recognise_format
@@ -81,6 +82,8 @@ def describe(
         typer.echo(json.dumps(statistics, indent=2))
         return
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # A digest that is cut is none.
     for key, value in _flatten(statistics):
         table.add_row(key, Text(value))
     Console().print(table)
@@ -188,10 +191,16 @@ def _format_of(path: Path) -> str | None:
 
 
 def _flatten(statistics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested statistics as one list, in the units that a replay's summary has."""
     for key, value in statistics.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif value is None:
-            yield f"{prefix}{key}", "-"
+            yield from _flatten(value, f"{name}.")
+        elif isinstance(value, str):
+            yield name, value
+        elif key == "span_s":
+            yield "span", to_duration(value)
+        elif key.endswith("_ratio"):
+            yield name, to_share(value)
         else:
-            yield f"{prefix}{key}", f"{value:,.4f}" if isinstance(value, float) else str(value)
+            yield name, to_rate(value) if isinstance(value, float) else to_count(value)

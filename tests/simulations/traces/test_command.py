@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_describe_prints_a_table_or_json(trace_path: Path) -> None:
     table = run("describe", trace_path).stdout
     assert "num_requests" in table
     assert "prompt_tokens.p50" in table
+
+
+def test_describe_prints_numbers_as_a_replay_does(trace_path: Path) -> None:
+    trace_path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10000,1\n1800,21001,2\n3600,70000,3\n")
+
+    shown = dict(re.findall(r"│ (\S+) +│ (.*?) +│", run("describe", trace_path).stdout))
+
+    assert shown["span"] == "3,600 s"
+    assert shown["prompt_tokens.p50"] == "21,001"
+    assert shown["prompt_tokens.total"] == "101,001"
+    assert shown["output_tokens.mean"] == "2.00"
+    assert shown["num_clients"] == "-"
 
 
 def test_describe_takes_a_head(trace_path: Path) -> None:
