@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -213,6 +213,13 @@ def replay(
         typer.echo(summary_text(run, summary))
     else:
         print_summary(run, summary, paths)
+    _fail_if_nothing_was_served(summary)
+
+
+def _fail_if_nothing_was_served(summary: Mapping[str, Any]) -> None:
+    if not summary["num_finished"]:
+        typer.echo(f"nothing was served: all {summary['num_requests']:,} requests were rejected", err=True)
+        raise typer.Exit(1)
 
 
 def _given(context: typer.Context, config: ReplayConfig) -> dict[str, Any]:
@@ -247,12 +254,13 @@ def _replay_recorded(
     paths = write_reports(run, out, summary)
     if as_json:
         typer.echo(summary_text(run, summary))
-        return
-    print_summary(run, summary, paths)
-    typer.echo()
-    print_comparison(summary["comparison"], run.configuration["changed_options"])
-    if not record.header.is_complete:
-        typer.echo("the run was cut off: recorded steps also served requests that are not in its trace")
+    else:
+        print_summary(run, summary, paths)
+        typer.echo()
+        print_comparison(summary["comparison"], run.configuration["changed_options"])
+        if not record.header.is_complete:
+            typer.echo("the run was cut off: recorded steps also served requests that are not in its trace")
+    _fail_if_nothing_was_served(summary)
 
 
 @contextmanager

@@ -37,6 +37,16 @@ def test_without_a_trace_the_sample_is_replayed_and_reports_are_written(tmp_path
     assert "pagedkv-report/report.html" in result.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_replay_that_served_nobody_fails(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+
+    result = run("replay", "t.csv", "--num-blocks", "1", "--block-size", "2", *options, cwd=tmp_path)
+
+    assert (result.returncode, result.stderr) == (1, "nothing was served: all 2 requests were rejected\n")
+    assert "2 of 2 requests rejected" in result.stdout or json.loads(result.stdout)["num_rejected"] == 2
+
+
 def test_json_is_for_machines(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
 
