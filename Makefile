@@ -8,8 +8,8 @@ EDITABLE := --config-settings editable_mode=compat --editable
 
 .PHONY: demo demo-engine test mutants check slow soak bench gpu-check clean
 
-demo: .venv/demo ## Replay the sample trace and say where the report is.
-	$(BIN)/pagedkv replay --out out-demo
+demo: .venv/demo ## Replay the sample trace, four times as fast and on little memory, so that requests queue and are preempted.
+	$(BIN)/pagedkv replay --rate-scale 4 --num-blocks 1500 --out out-demo
 
 demo-engine: .venv/engine ## Serve a tiny random model: a batch, a stream, a shared prefix. ARGS="--model NAME" for a real one.
 	$(BIN)/python examples/quickstart.py $(ARGS)

@@ -15,6 +15,7 @@ from pagedkv.simulations.metrics import latencies
 from pagedkv.simulations.reports.distribution_figures import draw_distributions
 from pagedkv.simulations.reports.figure import Figure, to_json
 from pagedkv.simulations.reports.quantities import UNDEFINED, to_count, to_duration, to_rate, to_share
+from pagedkv.simulations.reports.table import LATENCIES, STATISTICS
 from pagedkv.simulations.reports.time_figures import TimeFigures
 from pagedkv.simulations.run import Run
 
@@ -23,14 +24,6 @@ __all__ = ["write_page"]
 MAX_REASONS = 20
 NUM_SLOWEST = 10
 
-_LATENCIES = (
-    ("ttft_s", "TTFT", "arrival to first token"),
-    ("tpot_s", "TPOT", "per token after the first"),
-    ("itl_s", "ITL", "between two tokens"),
-    ("e2e_s", "E2E", "arrival to last token"),
-    ("queue_s", "Queue", "arrival to admission"),
-)
-_STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _CHIEF_SETTINGS = (
     *("model", "device", "num_devices", "block_size", "num_blocks", "num_host_blocks", "prefix_caching", "eviction"),
     *("policy", "preemption", "max_num_batched_tokens", "max_num_running", "rate_scale", "session_gap_s"),
@@ -97,13 +90,13 @@ def _cards(run: Run, summary: Mapping[str, Any]) -> str:
     has_content = run.trace.content_block_size is not None or summary["prefix_hit_tokens"] > 0
     swaps = f", {to_count(summary['num_swaps'])} by swapping" if summary["num_swaps"] else ""
     cards = [
-        ("TTFT, median", to_duration(ttft["p50"]), f"p99 {to_duration(ttft['p99'])}", False),
-        ("TPOT, median", to_duration(tpot["p50"]), f"p99 {to_duration(tpot['p99'])}", False),
-        ("E2E, median", to_duration(e2e["p50"]), f"p99 {to_duration(e2e['p99'])}", False),
+        ("TTFT, median", to_duration(ttft["p50"]), _p99(ttft), False),
+        ("TPOT, median", to_duration(tpot["p50"]), _p99(tpot), False),
+        ("E2E, median", to_duration(e2e["p50"]), _p99(e2e), False),
         (
             "Output",
-            f"{to_rate(summary['output_token_throughput'])} tok/s",
-            f"{to_rate(summary['request_throughput'])} requests/s",
+            _per_second(summary["output_token_throughput"], "tok"),
+            _per_second(summary["request_throughput"], "requests"),
             False,
         ),
         (
@@ -115,13 +108,13 @@ def _cards(run: Run, summary: Mapping[str, Any]) -> str:
         (
             "Preemptions",
             to_count(summary["num_preemptions"]),
-            f"of {to_count(num_preempted)} requests{swaps}",
+            f"in {to_count(num_preempted)} requests{swaps}",
             summary["num_preemptions"] > 0,
         ),
         (
             "KV utilisation, mean",
             to_share(summary["kv_utilization_mean"]),
-            f"max {to_share(summary['kv_utilization_max'])}",
+            "" if summary["kv_utilization_max"] is None else f"max {to_share(summary['kv_utilization_max'])}",
             False,
         ),
         (
@@ -139,14 +132,22 @@ def _cards(run: Run, summary: Mapping[str, Any]) -> str:
     return f'<dl class="cards">{"".join(items)}</dl>'
 
 
+def _p99(latency: Mapping[str, float | None]) -> str:
+    return "" if latency["p99"] is None else f"p99 {to_duration(latency['p99'])}"
+
+
+def _per_second(rate: float | None, what: str) -> str:
+    return UNDEFINED if rate is None else f"{to_rate(rate)} {what}/s"
+
+
 def _tables(summary: Mapping[str, Any]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{name} <span class="muted">{meaning}</span></th>'
-        + "".join(f"<td>{to_duration(summary[key][statistic])}</td>" for statistic in _STATISTICS)
+        + "".join(f"<td>{to_duration(summary[key][statistic])}</td>" for statistic in STATISTICS)
         + "</tr>"
-        for key, name, meaning in _LATENCIES
+        for key, name, meaning in LATENCIES
     )
-    heads = "".join(f"<th>{head}</th>" for head in ("", *_STATISTICS))
+    heads = "".join(f"<th>{head}</th>" for head in ("", *STATISTICS))
     latency_table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     totals = _table(
         ("", ""),
@@ -175,7 +176,7 @@ def _figures(figures: Iterable[Figure]) -> str:
     if not shown:
         return '<h2>Figures</h2><p class="muted">No step took any time, so there is nothing to draw.</p>'
     note = (
-        "Drag to zoom; figures over time follow each other; double-click to see all. "
+        "Drag to zoom; zooming one figure over time zooms the others; double-click to see all. "
         "<noscript>The figures need JavaScript.</noscript>"
     )
     return f'<h2>Figures</h2><p class="muted" style="margin-bottom: 12px">{note}</p><div class="columns">{"".join(shown)}</div>'

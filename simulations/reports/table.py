@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["print_summary"]
+__all__ = ["LATENCIES", "STATISTICS", "print_summary"]
 
 MAX_REASONS = 3
 GIB = 2**30
 
-_LATENCIES = (
-    ("queue_s", "queue", "to admission"),
+LATENCIES = (
     ("ttft_s", "TTFT", "to first token"),
     ("tpot_s", "TPOT", "per later token"),
     ("itl_s", "ITL", "between tokens"),
     ("e2e_s", "E2E", "to last token"),
+    ("queue_s", "queue", "to admission"),
 )
-_STATISTICS = ("mean", "p50", "p90", "p99", "max")
+"""Keys of the summary, and what every report calls them."""
+STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 
 def print_summary(
@@ -61,10 +62,10 @@ def _latency_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("latency", no_wrap=True)
     table.add_column("", style="dim", no_wrap=True)
-    for statistic in _STATISTICS:
+    for statistic in STATISTICS:
         table.add_column(statistic, justify="right", no_wrap=True)
-    for key, name, meaning in _LATENCIES:
-        table.add_row(name, meaning, *(to_duration(summary[key][statistic]) for statistic in _STATISTICS))
+    for key, name, meaning in LATENCIES:
+        table.add_row(name, meaning, *(to_duration(summary[key][statistic]) for statistic in STATISTICS))
     return table
 
 

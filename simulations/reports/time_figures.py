@@ -76,7 +76,8 @@ class TimeFigures:
             f"most {to_count(waiting.max())}. Waiting that keeps rising is overload. {_resolution(self.timeline)} "
             f"{self._about_preemptions()}"
         )
-        return Figure("requests", "Running, waiting, preempted", caption, data, layout, num_rows=len(rows))
+        title = f"Requests: {', '.join(name for name, _ in rows)}"
+        return Figure("requests", title, caption, data, layout, num_rows=len(rows))
 
     def _preemptions(self) -> list[dict[str, Any]]:
         edges = self._bar_edges()

@@ -15,6 +15,7 @@ import pytest
 
 from pagedkv.simulations.metrics import summarize
 from pagedkv.simulations.reports.page import write_page
+from pagedkv.simulations.reports.table import LATENCIES
 from pagedkv.simulations.run import Run
 
 SCRIPT = "</script><script>alert(1)</script>"
@@ -144,6 +145,29 @@ def test_the_page_refers_to_nothing_outside_itself(run: Run, tmp_path: Path) -> 
     ]
     assert policy.startswith("default-src 'none';")
     assert "showSendToCloud: false" in page
+
+
+def test_preemptions_are_counted_in_requests_and_not_of_them(run: Run, tmp_path: Path) -> None:
+    assert "Preemptions1in 1 requests, 1 by swapping" in Reader(without_plotly(write(run, tmp_path))).text
+
+
+def test_requests_are_titled_by_what_is_drawn(run: Run, long_run: Run, tmp_path: Path) -> None:
+    assert "<h3>Requests: running, waiting, preemptions</h3>" in write(run, tmp_path)
+    assert "<h3>Requests: running</h3>" in write(long_run, tmp_path)
+
+
+def test_what_is_not_defined_has_no_unit(rejected_run: Run, tmp_path: Path) -> None:
+    text = Reader(without_plotly(write(rejected_run, tmp_path))).text
+
+    assert "TTFT, median-TPOT, median-E2E, median-Output--Finished0of 1, 1 rejected" in text
+
+
+def test_page_and_terminal_call_latencies_the_same(run: Run, tmp_path: Path) -> None:
+    text = Reader(without_plotly(write(run, tmp_path))).text
+    places = [text.index(f"{name} {meaning}") for _, name, meaning in LATENCIES]
+
+    assert places == sorted(places)
+    assert [name for _, name, _ in LATENCIES] == ["TTFT", "TPOT", "ITL", "E2E", "queue"]
 
 
 def test_a_run_without_a_step_has_a_page_that_says_so(rejected_run: Run, tmp_path: Path) -> None:
