@@ -407,6 +407,7 @@ class KVCacheManager:
             num_free=memory.pool.num_free,
             num_host_blocks=memory.host_pool.num_blocks,
             num_host_used=memory.host_pool.num_used,
+            num_pinned=sum(len(hit.block_ids) for hit in self._pinned.values()),
             num_sequences=table.num_live,
             num_slots=int(table.num_blocks.sum()) * table.block_size,
             num_tokens=int(table.num_computed[on_device].sum()),

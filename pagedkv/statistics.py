@@ -49,6 +49,8 @@ class MemoryStatistics:
     num_free: int
     num_host_blocks: int
     num_host_used: int
+    num_pinned: int
+    """Blocks that lookups hold which were neither opened nor dropped; a block counts for each."""
     num_sequences: int
     num_slots: int
     """Token slots in the block tables of live sequences; a shared block counts for each."""

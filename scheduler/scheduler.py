@@ -43,8 +43,9 @@ class Scheduler:
 
     A request has `num_known` tokens, of which `num_computed` have their K/V; a step plans how far each row catches up
     under one token budget. There is no prefill phase and no decode phase. Running rows come first, in order of admission,
-    then waiting requests, in the queue policy's order. When blocks run short for the running rows, victims lose their
-    seat one at a time until there are enough. Nothing here reads a clock; `now` only orders events and ages priorities.
+    those that want a single token before the others; then waiting requests, in the queue policy's order. When blocks run
+    short for the running rows, victims lose their seat one at a time until there are enough. Nothing here reads a clock;
+    `now` only orders events and ages priorities.
 
     Events reach the sink when the call that caused them has done its work, so a sink that raises leaves the scheduler
     consistent; a plan that was made all the same is `in_flight`.
@@ -212,7 +213,7 @@ class Scheduler:
 
         `drafts` are guesses at the next tokens of running rows, for which they take what room the step leaves over:
         `plan.num_drafts` says how many each row has. Rows with more to compute than their last token get none, nor does
-        any row in a step that preempts, or if blocks are short for the drafts of all.
+        any row in a step that preempts; where blocks are short, each row gets what fits.
 
         Raises StalePlanError, InvalidArgumentError, UnknownIdError for drafts of a row that does not run, and
         BlockStateError within a step of the manager; nothing changes then. Whatever else is raised while the step is

@@ -89,3 +89,13 @@ def test_a_window_that_was_asked_nothing_is_not_one_without_hits() -> None:
 def test_a_window_holds_at_least_one_request(max_requests: object) -> None:
     with pytest.raises(InvalidArgumentError, match="max_requests"):
         HitRateWindow(max_requests)
+
+
+def test_a_lookup_that_was_forgotten_is_seen_in_the_statistics() -> None:
+    manager = KVCacheManager(CacheConfig(8, 2))
+    manager.open("a", [1, 2, 3, 4, 5])
+    manager.append("a", 5)
+    hit = manager.lookup([1, 2, 3, 4, 5])
+    assert manager.statistics().num_pinned == 2
+    hit.drop()
+    assert manager.statistics().num_pinned == 0
