@@ -118,7 +118,9 @@ def replay(
     max_num_running: Annotated[int, typer.Option(help="Seats.", rich_help_panel="Scheduling")] = 256,
     long_prefill_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens of one prompt in a step while others are computed or wait.", rich_help_panel="Scheduling"),
+        typer.Option(
+            help="Most tokens of one prompt in a step while others are computed or wait.", rich_help_panel="Scheduling"
+        ),
     ] = None,
     admission_interval: Annotated[
         int,
