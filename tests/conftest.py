@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from pagedkv.testing.pytest_plugin import tell_repeat_command
 # Triton asks once, on import, whether kernels are to be interpreted, and transformers imports it. A machine with a GPU sets
 # this to 0 to compile them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests are imported without a package around them; command_line is found beside this file.
+sys.path.append(str(Path(__file__).parent))
 
 SHARED_TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 

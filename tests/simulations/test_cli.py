@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from command_line import run_apart
+from command_line import run_here as run
 
 from pagedkv.simulations import cache_command
 from pagedkv.simulations.cache_pass import CachePass
@@ -20,13 +22,8 @@ HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 GOOD = HEADER + "0.0,10,2\n0.5,20,3\n"
 
 
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pagedkv", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
 def test_without_a_trace_the_sample_is_replayed_and_reports_are_written(tmp_path: Path) -> None:
-    result = run("replay", cwd=tmp_path)
+    result = run_apart("replay", cwd=tmp_path)
 
     assert result.returncode == 0
     assert result.stderr == ""

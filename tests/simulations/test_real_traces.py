@@ -24,13 +24,16 @@ WALL_CLOCK = ("wall_s", "requests_per_wall_s")
 
 # Trace, requests to replay (None: all), configuration, and how many requests can never fit.
 REPLAYS = [
-    pytest.param(CONVERSATION, None, {}, id="conversation"),
-    pytest.param(CODE, None, {"num_blocks": 4000}, id="code-bursts-on-a-small-pool"),
+    pytest.param(CONVERSATION, 5000, {}, id="conversation-head"),
+    pytest.param(CONVERSATION, None, {}, id="conversation", marks=pytest.mark.slow),
+    pytest.param(CODE, 3000, {"num_blocks": 4000}, id="code-bursts-on-a-small-pool-head"),
+    pytest.param(CODE, None, {"num_blocks": 4000}, id="code-bursts-on-a-small-pool", marks=pytest.mark.slow),
     pytest.param(CONVERSATION, 3000, {"num_blocks": 1500}, id="conversation-recompute"),
     pytest.param(CONVERSATION, 3000, {"num_blocks": 1500, "preemption": "swap"}, id="conversation-swap"),
-    pytest.param(MOONCAKE, None, {"num_blocks": 16_384}, id="mooncake"),
+    pytest.param(MOONCAKE, 2000, {"num_blocks": 16_384}, id="mooncake-head"),
+    pytest.param(MOONCAKE, None, {"num_blocks": 16_384}, id="mooncake", marks=pytest.mark.slow),
     pytest.param(CLIENTS, None, {"policy": "priority", "num_blocks": 300}, id="clients-priority"),
-    pytest.param(AGENTIC, 2000, {"num_blocks": 20_000}, id="agentic-head"),
+    pytest.param(AGENTIC, 1000, {"num_blocks": 20_000}, id="agentic-head"),
     pytest.param(AGENTIC, None, {"num_blocks": 20_000}, id="agentic", marks=pytest.mark.slow),
 ]
 
