@@ -18,7 +18,6 @@ import transformers
 from engine_peers import continuous_batch, one_by_one, padded_batch, random_prompts, small_llama
 from engine_stream import (
     CALM_LIMITS,
-    TRACE,
     Latencies,
     azure_workload,
     serve_engine,
@@ -27,6 +26,7 @@ from engine_stream import (
     static_capacity,
 )
 from harness import spread
+from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.model import PagedModel
@@ -232,9 +232,7 @@ def main() -> None:
     report.machine |= {"torch": torch.__version__, "transformers": transformers.__version__, "threads": "1"}
     model = small_llama()
     for name, section in sections.items():
-        if name == "stream" and not TRACE.exists():
-            print(f"  stream: skipped, there is no {TRACE.name}")
-        elif only in (None, name):
+        if only in (None, name) and not (name == "stream" and missing(AZURE_CONVERSATION)):
             section(report, model)
     if only is None:
         report.name = harness.with_instruction_set(report.name)

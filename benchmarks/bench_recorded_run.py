@@ -15,7 +15,8 @@ import harness
 import torch
 import transformers
 from engine_peers import small_llama
-from engine_stream import TRACE, azure_workload, serve_engine
+from engine_stream import azure_workload, serve_engine
+from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.simulations.cost_models import fit_steps
 from pagedkv.simulations.recorded_replay import replay_run
@@ -42,8 +43,8 @@ def record(model: Any, folder: Path, first: int) -> RunRecord:
 
 
 def main() -> None:
-    if not TRACE.exists():
-        raise SystemExit(f"this benchmark needs {TRACE.name}")
+    if missing(AZURE_CONVERSATION):
+        return
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     report = harness.Report(__doc__ or "")

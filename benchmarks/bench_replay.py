@@ -3,7 +3,7 @@
 Whole processes of `pagedkv replay` (start-up, loading, simulation, all reports), user + system time; and the simulation
 phase alone for the Mooncake trace. Peers for 10,000 Azure conversation requests: Vidur 19.7 s, splitwise-sim 15.1 s of CPU;
 for the Mooncake conversation trace on 16,384 blocks of 512: Dynamo's replay 6.5 s for its simulation phase (docs/peers.md).
-Reads the traces from ../shared/traces; says so and stops where they are absent.
+Reads the public traces of docs/traces.md; says so and stops where they are absent.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from harness import Report, repeat
+from public_traces import AZURE_CONVERSATION as CONVERSATION
+from public_traces import MOONCAKE_CONVERSATION as MOONCAKE
+from public_traces import missing
 
 from pagedkv.simulations.replay import ReplayConfig, replay
 from pagedkv.simulations.traces import load_trace
-
-TRACES = Path(__file__).parents[2] / "shared" / "traces"
-CONVERSATION = TRACES / "azure_llm_2023_conv.csv.gz"
-MOONCAKE = TRACES / "mooncake_fast25_conversation.jsonl.gz"
 
 
 def process_cpu(*arguments: str) -> float:
@@ -44,8 +42,7 @@ def simulation_cpu(config: ReplayConfig) -> float:
 
 
 def main() -> None:
-    if not CONVERSATION.exists():
-        print(f"the traces are not there: {TRACES}")
+    if missing(CONVERSATION, MOONCAKE):
         return
     report = Report(__doc__ or "")
     report.add("start-up: one request", repeat(lambda: process_cpu(str(CONVERSATION), "--limit", "1")), "s CPU")

@@ -2,29 +2,27 @@
 
 Simulated, not measured on hardware: the first 6,000 Azure conversation requests, four times as fast as they came, on 2,000 blocks
 of 16 (Llama-3-8B on an H100), by watermark and preemption. The regret is the share of throughput that is lost against the
-best watermark of the row's mode. Reads the traces from ../shared/traces.
+best watermark of the row's mode. Reads a public trace of docs/traces.md.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from harness import RESULTS, machine
+from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.simulations.metrics import summarize
 from pagedkv.simulations.replay import ReplayConfig, replay
 from pagedkv.simulations.traces import load_trace
 
-TRACE = Path(__file__).parents[2] / "shared" / "traces" / "azure_llm_2023_conv.csv.gz"
 WATERMARKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15)
 
 
 def main() -> None:
-    if not TRACE.exists():
-        print(f"the trace is not there: {TRACE}")
+    if missing(AZURE_CONVERSATION):
         return
-    trace = load_trace(TRACE).head(6000)
+    trace = load_trace(AZURE_CONVERSATION).head(6000)
     rows = []
     for mode in ("recompute", "swap"):
         runs = []

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from engine_peers import VOCABULARY, padded_batch
 from numpy.typing import NDArray
+from public_traces import AZURE_CONVERSATION
 
 from pagedkv.engine import LLM, RequestOutput, SamplingParams
 from pagedkv.scheduler import SchedulerConfig
 from pagedkv.simulations.traces import load_trace
 
-TRACE = Path(__file__).parents[2] / "shared" / "traces" / "azure_llm_2023_conv.csv.gz"
 DIVISOR = 8
 NUM_REQUESTS = 256
 MAX_BATCH = 32
@@ -114,7 +114,7 @@ def side_by_side(cases: dict[str, Callable[[Callable[[], None]], Latencies]]) ->
 
 def azure_workload(seed: int = 0, first: int = 0) -> Workload:
     """`NUM_REQUESTS` requests of the trace from the `first`-th on, lengths divided by `DIVISOR`, two new tokens at least."""
-    trace = load_trace(TRACE)
+    trace = load_trace(AZURE_CONVERSATION)
     rng = np.random.default_rng(seed)
     lengths = np.maximum(trace.prompt_tokens[first : first + NUM_REQUESTS] // DIVISOR, 1)
     num_new = np.maximum(trace.output_tokens[first : first + NUM_REQUESTS] // DIVISOR, 2)

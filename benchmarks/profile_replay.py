@@ -1,7 +1,7 @@
 """Where does the time of a replay go? A profile of 10,000 Azure conversation requests, by function.
 
-The profiler itself slows calls down, so shares are what counts. Writes benchmarks/results/replay_profile.json. Reads the
-trace from ../shared/traces.
+The profiler itself slows calls down, so shares are what counts. Writes benchmarks/results/replay_profile.json. Reads a
+public trace of docs/traces.md.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import pstats
 from pathlib import Path
 
 from harness import RESULTS, machine
+from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.simulations.replay import ReplayConfig, replay
 from pagedkv.simulations.traces import load_trace
 
-TRACE = Path(__file__).parents[2] / "shared" / "traces" / "azure_llm_2023_conv.csv.gz"
 NUM_ROWS = 30
 
 
@@ -27,10 +27,9 @@ def name_of(function: tuple[str, int, str]) -> str:
 
 
 def main() -> None:
-    if not TRACE.exists():
-        print(f"the trace is not there: {TRACE}")
+    if missing(AZURE_CONVERSATION):
         return
-    trace = load_trace(TRACE).head(10_000)
+    trace = load_trace(AZURE_CONVERSATION).head(10_000)
     profiler = cProfile.Profile()
     profiler.runcall(replay, trace, ReplayConfig())
     stats = pstats.Stats(profiler)
