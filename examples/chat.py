@@ -2,6 +2,7 @@
 
 import argparse
 
+import torch
 from tiny_model import model_and_tokenizer
 
 from pagedkv.engine import LLM, SamplingParams
@@ -60,5 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (256)")
     options = parser.parse_args()
     sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
+    if options.model is None:
+        torch.set_num_threads(1)  # Its products are so small that several threads mostly wait for each other.
     with LLM(*model_and_tokenizer(options.model)) as llm:
         chat(llm, options.system, sampling)

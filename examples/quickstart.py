@@ -3,6 +3,7 @@
 import argparse
 import time
 
+import torch
 from tiny_model import model_and_tokenizer
 
 from pagedkv.engine import LLM, RequestOutput, SamplingParams
@@ -60,6 +61,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     greedy = SamplingParams(temperature=0, max_tokens=options.max_tokens)
     print("A tiny Llama with random weights: its text is noise.\n" if options.model is None else f"{options.model}\n")
+    if options.model is None:
+        torch.set_num_threads(1)  # Its products are so small that several threads mostly wait for each other.
     with LLM(*model_and_tokenizer(options.model)) as llm:
         batch(llm, greedy)
         stream(llm, greedy)
