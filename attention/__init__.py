@@ -11,7 +11,9 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ModuleNotFoundError("pagedkv.attention needs torch: pip install 'pagedkv[torch]'", name="torch") from None
+    raise ModuleNotFoundError(
+        "pagedkv.attention needs torch: in a checkout of pagedkv, pip install '.[torch]'", name="torch"
+    ) from None
 
 from pagedkv.attention.backends import BackendInfo, backend_info
 from pagedkv.attention.cascade import CascadePlan, cascade_attention, plan_cascade

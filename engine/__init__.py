@@ -64,5 +64,7 @@ def __getattr__(name: str) -> Any:
         if error.name not in ("torch", "tqdm", "transformers"):
             raise
         raise ModuleNotFoundError(
-            f"pagedkv.engine.{name} needs {error.name}: pip install 'pagedkv[engine]'", name=error.name
+            f"pagedkv.engine.{name} needs the extra 'engine' ({error.name} is missing): "
+            "in a checkout of pagedkv, pip install '.[engine]'",
+            name=error.name,
         ) from None

@@ -19,7 +19,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in COMMAND_NEEDS:
             raise
-        sys.stderr.write(f"error: the pagedkv command needs {error.name}: pip install 'pagedkv[sim]'\n")
+        sys.stderr.write(
+            f"error: the pagedkv command needs {error.name}: in a checkout of pagedkv, pip install '.[sim]'\n"
+        )
         sys.exit(2)
 
 

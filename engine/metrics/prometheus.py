@@ -110,5 +110,6 @@ def _need_prometheus_client() -> None:
         if error.name != "prometheus_client":
             raise
         raise ModuleNotFoundError(
-            "the Prometheus exporter needs prometheus_client: pip install 'pagedkv[engine]'", name="prometheus_client"
+            "the Prometheus exporter needs prometheus_client: in a checkout of pagedkv, pip install '.[engine]'",
+            name="prometheus_client",
         ) from None

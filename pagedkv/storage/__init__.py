@@ -9,7 +9,9 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ModuleNotFoundError("pagedkv.storage needs torch: pip install 'pagedkv[torch]'", name="torch") from None
+    raise ModuleNotFoundError(
+        "pagedkv.storage needs torch: in a checkout of pagedkv, pip install '.[torch]'", name="torch"
+    ) from None
 
 from pagedkv.kv_spec import KVSpec
 from pagedkv.storage.files import SavedBlocks, read_saved

@@ -99,7 +99,7 @@ def _need_safetensors() -> None:
         if error.name != "safetensors":
             raise
         raise ModuleNotFoundError(
-            "saved blocks need safetensors: pip install 'pagedkv[torch]'", name="safetensors"
+            "saved blocks need safetensors: in a checkout of pagedkv, pip install '.[torch]'", name="safetensors"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Property tests that users run against allocators and schedulers of their own: the ones that pagedkv passes itself.
 
 Nothing is imported before it is asked for, so that tools without pytest and hypothesis can use what needs neither.
-Tests need the extra: `pip install "pagedkv[testing]"`.
+Tests need the extra: `pip install '.[testing]'` in a checkout.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name in ("hypothesis", "pytest"):
             raise ImportError(
-                f"pagedkv.testing.{name} needs {error.name}: pip install 'pagedkv[testing]'", name=error.name
+                f"pagedkv.testing.{name} needs {error.name}: in a checkout of pagedkv, pip install '.[testing]'",
+                name=error.name,
             ) from error
         raise

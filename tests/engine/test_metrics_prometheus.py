@@ -183,5 +183,5 @@ def test_a_label_is_text(metrics):
 def test_without_prometheus_client_the_extra_is_named(metrics, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
 
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pagedkv\[engine\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[engine\]'"):
         PrometheusExporter(metrics.snapshot)

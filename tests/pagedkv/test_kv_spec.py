@@ -178,4 +178,4 @@ def test_without_a_library_what_needs_it_says_which_extra_to_install(missing: st
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
     last_line = result.stderr.strip().splitlines()[-1]
-    assert last_line == f"ModuleNotFoundError: {what}: pip install 'pagedkv[torch]'"
+    assert last_line == f"ModuleNotFoundError: {what}: in a checkout of pagedkv, pip install '.[torch]'"

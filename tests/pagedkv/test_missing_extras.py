@@ -29,7 +29,10 @@ def test_the_command_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: the pagedkv command needs typer: pip install 'pagedkv[sim]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the pagedkv command needs typer: in a checkout of pagedkv, pip install '.[sim]'\n"
+    )
 
 
 def test_the_command_blames_no_extra_for_another_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +59,10 @@ def import_storage() -> None:
 
 def test_storage_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^pagedkv\.storage needs torch: pip install 'pagedkv\[torch\]'$"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"^pagedkv\.storage needs torch: in a checkout of pagedkv, pip install '\.\[torch\]'$",
+    ):
         import_storage()
 
 

@@ -305,7 +305,7 @@ def test_without_its_extra_the_command_names_it_in_one_line(tmp_path: Path) -> N
 
     assert (result.returncode, result.stderr) == (
         2,
-        "error: the pagedkv command needs msgspec: pip install 'pagedkv[sim]'\n",
+        "error: the pagedkv command needs msgspec: in a checkout of pagedkv, pip install '.[sim]'\n",
     )
 
 

@@ -89,5 +89,5 @@ def test_what_needs_hypothesis_says_so_when_it_is_missing() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert result.stderr.splitlines()[-1] == (
-        "ImportError: pagedkv.testing.AllocatorMachine needs hypothesis: pip install 'pagedkv[testing]'"
+        "ImportError: pagedkv.testing.AllocatorMachine needs hypothesis: in a checkout of pagedkv, pip install '.[testing]'"
     )
