@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def python(code: str, cwd: Path) -> str:
@@ -33,6 +34,35 @@ def test_the_attention_example_prints_what_its_page_says(tmp_path: Path) -> None
     assert shown
 
 
+def test_the_known_bad_allocator_breaks_as_its_page_shows() -> None:
+    page = (ROOT / "docs" / "testing_allocators.md").read_text()
+    command, shown = re.findall(r"`pagedkv (verify [^`]*Copies[^`]*)`[^`]*```text\n(.*?)```", page, re.DOTALL)[0]
+
+    result = subprocess.run(
+        [sys.executable, "-m", "pagedkv", *command.split()], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+    assert result.stdout == shown
+    assert result.returncode == 1
+
+
+def test_the_capacity_example_prints_what_its_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cost_models.md").read_text()
+    code = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "blocks_each" in code)
+
+    assert python(code, tmp_path) == "".join(f"{shown}\n" for shown in re.findall(r"print\(.*\)  # (.*)", code))
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+
+    assert (ROOT / "docs" / "api.md").read_text() == make_api.api_page(), "run: python docs/make_api.py"
+
+
 # The server runs until it is stopped: tests/examples/test_openai_server.py starts it.
 EXAMPLES = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "openai_server.py"})
 
@@ -44,7 +74,7 @@ def test_an_example_runs(tmp_path: Path, path: Path) -> None:
     assert result.stderr == b""
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
 
