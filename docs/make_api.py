@@ -70,7 +70,7 @@ def _entry(name: str, thing: Any) -> Iterator[str]:
         yield from _docstring(thing)
         return
     if not (inspect.isclass(thing) or inspect.isroutine(thing)):
-        yield from ("", "```python", f"{name} = {_shown(thing)}", "```")
+        yield from ("", f"`{name} = {_shown(thing)}`")
         return
     is_error = inspect.isclass(thing) and issubclass(thing, BaseException)
     is_enum = inspect.isclass(thing) and issubclass(thing, enum.Enum)
