@@ -53,6 +53,18 @@ def test_the_capacity_example_prints_what_its_page_says(tmp_path: Path) -> None:
     assert python(code, tmp_path) == "".join(f"{shown}\n" for shown in re.findall(r"print\(.*\)  # (.*)", code))
 
 
+@pytest.mark.parametrize(
+    "name", ["embedding.md", "storage.md", "serving_metrics.md", "speculative_decoding.md", "traces.md", "eviction.md"]
+)
+def test_the_examples_of_a_page_run_and_print_what_it_says(tmp_path: Path, name: str) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL))
+    shown = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+
+    printed = python(code, tmp_path).splitlines()
+
+    assert [line for line in shown if line not in printed] == []
+
+
 def test_the_api_page_is_what_the_docstrings_say() -> None:
     spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
     assert spec is not None
