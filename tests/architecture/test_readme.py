@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def python(code: str, cwd: Path) -> str:
@@ -54,7 +54,16 @@ def test_the_capacity_example_prints_what_its_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["embedding.md", "storage.md", "serving_metrics.md", "speculative_decoding.md", "traces.md", "eviction.md"]
+    "name",
+    [
+        "embedding.md",
+        "storage.md",
+        "serving_metrics.md",
+        "speculative_decoding.md",
+        "traces.md",
+        "eviction.md",
+        "metrics.md",
+    ],
 )
 def test_the_examples_of_a_page_run_and_print_what_it_says(tmp_path: Path, name: str) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL))
@@ -91,6 +100,21 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
 
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {heading.replace(" ", "-") for heading in headings} | set(re.findall(r'id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_sections_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text())
+
+    assert [
+        f"{page}#{anchor}" for page, anchor in links if anchor not in anchors_of(path.parent / page if page else path)
+    ] == []
 
 
 def test_the_readme_names_targets_that_the_makefile_has() -> None:
