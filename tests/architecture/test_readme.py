@@ -56,6 +56,7 @@ def test_the_capacity_example_prints_what_its_page_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "recorded_runs.md",
         "embedding.md",
         "storage.md",
         "serving_metrics.md",
