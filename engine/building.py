@@ -12,7 +12,8 @@ from pagedkv import CacheConfig, CacheIdentity, KVCacheManager
 from pagedkv.arrays import as_int, cdiv
 from pagedkv.block_pool import MAX_NUM_BLOCKS
 from pagedkv.engine.core import Engine
-from pagedkv.engine.memory_budget import as_bytes, can_measure, measure_budget, num_blocks_within, profile_step
+from pagedkv.engine.largest_step import LargestStep
+from pagedkv.engine.memory_budget import as_bytes, can_measure, measure_budget, num_blocks_within
 from pagedkv.engine.metrics import EngineMetrics
 from pagedkv.engine.model import LayerShape, PagedModel, inspect_model
 from pagedkv.engine.model.self_check import check_same_logits
@@ -82,7 +83,9 @@ def build_engine(
         check_same_logits(model, layers)
     spec = layers[0].kv_spec(len(layers), kv_dtype or dtype_name(model.dtype), block_size)
     if num_blocks is None:
-        num_blocks = _affordable_blocks(model, layers, spec, kv_memory, scheduler_config)
+        # What other drafters guess at most, nobody knows.
+        num_drafts = 0 if drafter is None else getattr(drafter, "num_drafts", None)
+        num_blocks = _affordable_blocks(model, layers, spec, kv_memory, scheduler_config, num_drafts)
     num_host_blocks = 0 if swap_memory is None else num_blocks_within(spec, as_bytes("swap_memory", swap_memory))
     if preemption is None:
         preemption = Swap() if num_host_blocks else Recompute()
@@ -162,7 +165,12 @@ def max_length_of(model: Any) -> int | None:
 
 
 def _affordable_blocks(
-    model: Any, layers: list[LayerShape], spec: KVSpec, kv_memory: str | int | float | None, config: SchedulerConfig
+    model: Any,
+    layers: list[LayerShape],
+    spec: KVSpec,
+    kv_memory: str | int | float | None,
+    config: SchedulerConfig,
+    num_drafts: int | None,
 ) -> int:
     """Blocks that fit into what was granted, as measured; without a grant no more than full seats of full length need.
 
@@ -171,10 +179,15 @@ def _affordable_blocks(
     device = next(model.parameters()).device
     if isinstance(kv_memory, str | int) and not can_measure(device):
         return min(num_blocks_within(spec, as_bytes("kv_memory", kv_memory)), MAX_NUM_BLOCKS)
-    one_block = PagedModel(model, layers, KVStorage(spec, 1, device))
     max_length = max_length_of(model)
-    num_tokens = config.max_num_batched_tokens if max_length is None else min(config.max_num_batched_tokens, max_length)
-    budget = measure_budget(device, lambda: profile_step(one_block, num_tokens))
+    largest = LargestStep(
+        PagedModel(model, layers, KVStorage(spec, 1, device)),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_running=config.max_num_running,
+        max_length=max_length,
+        num_drafts=num_drafts,
+    )
+    budget = measure_budget(device, largest)
     num_blocks = min(num_blocks_within(spec, budget.granted(kv_memory, device.type)), MAX_NUM_BLOCKS)
     if kv_memory is None and max_length is not None:
         num_blocks = min(num_blocks, config.max_num_running * cdiv(max_length, spec.block_size))

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from pagedkv.arrays import cdiv
 from pagedkv.engine.errors import MemoryBudgetError
-from pagedkv.engine.model import PagedModel
-from pagedkv.engine.step_inputs import StepInputs
+from pagedkv.engine.largest_step import LargestStep
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.kv_spec import KVSpec
 
-__all__ = ["MemoryBudget", "as_bytes", "can_measure", "measure_budget", "profile_step"]
+__all__ = ["MemoryBudget", "as_bytes", "can_measure", "measure_budget", "num_blocks_within"]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -30,7 +27,7 @@ class MemoryBudget:
 
     total_bytes:     of a GPU all its memory, on a CPU what is available to programs now
     free_bytes:      not in use now, the model being there already
-    step_bytes:      needed on top by the largest step of the model, as measured
+    step_bytes:      needed on top by the largest step, choosing its tokens included, as measured; on a GPU also by graphs
     """
 
     total_bytes: int
@@ -60,7 +57,7 @@ class MemoryBudget:
         if granted > left or granted <= 0:
             raise MemoryBudgetError(
                 f"kv_memory of {wanted} does not fit: {_gib(self.free_bytes)} are free of {_gib(self.total_bytes)}, and the "
-                f"largest step takes {_gib(self.step_bytes)} of them (fewer max_num_batched_tokens take less)"
+                f"largest step takes {_gib(self.step_bytes)} of them (fewer max_num_batched_tokens and max_num_running take less)"
             )
         return granted
 
@@ -89,37 +86,15 @@ def can_measure(device: torch.device) -> bool:
     return True
 
 
-def measure_budget(device: torch.device, run_step: Callable[[], None]) -> MemoryBudget:
-    """Look at the device before and during `run_step`, the largest step that will come."""
+def measure_budget(device: torch.device, largest: LargestStep) -> MemoryBudget:
+    """Look at the device before and during the largest steps that will come."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run_step()
-        torch.cuda.synchronize(device)
-        step_bytes = torch.cuda.max_memory_allocated(device) - before
-        torch.cuda.empty_cache()
+        # Added up: a captured graph keeps what its pass took, beside what other steps take.
+        step_bytes = _cuda_peak_growth(device, largest.run_decodes) + _cuda_peak_growth(device, largest.run)
         free, total = torch.cuda.mem_get_info(device)
         return MemoryBudget(total, free, step_bytes)
     available = _available_bytes()
-    return MemoryBudget(available, available, _peak_growth(run_step))
-
-
-def profile_step(model: PagedModel, num_tokens: int) -> None:
-    """One step of `num_tokens` tokens of one sequence, over a storage of a single block; nothing is written."""
-    width = cdiv(num_tokens, model.block_size)
-    step = StepInputs(
-        token_ids=np.zeros(num_tokens, np.int32),
-        positions=np.arange(num_tokens),
-        slot_mapping=np.full(num_tokens, -1, np.int64),
-        block_tables=np.zeros((1, width), np.int32),
-        seq_lens=np.array([num_tokens], np.int32),
-        query_start_loc=np.array([0, num_tokens], np.int32),
-        logit_indices=np.array([num_tokens - 1]),
-        device=model.device,
-    )
-    model.forward(step)
+    return MemoryBudget(available, available, _peak_growth(largest.run))
 
 
 def num_blocks_within(spec: KVSpec, num_bytes: int) -> int:
@@ -140,6 +115,18 @@ def _available_bytes() -> int:
         raise MemoryBudgetError(
             "the available memory cannot be read on this system: give num_blocks or kv_memory in bytes"
         ) from None
+
+
+def _cuda_peak_growth(device: torch.device, run: Callable[[], None]) -> int:
+    """By how much the tensors on the device grew at their highest while `run` ran; the allocator gives back what it kept."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _peak_growth(run: Callable[[], None]) -> int:
