@@ -195,7 +195,7 @@ class Engine:
                 self._runner.apply(plan)
                 logits = self._runner.compute(plan)
             computed = self._clock()
-            sampled, counts = self._sample(plan, logits, computed)
+            sampled, counts, beginning = self._sample(plan, logits)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
             self._callbacks.raise_all()
@@ -208,30 +208,35 @@ class Engine:
         self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
         touched, outcome = tell_listeners(self._rows, rows, sampled, counts)
         chosen = self._clock()
+        self._note_first_tokens(beginning, chosen)
         events = self.scheduler.update(plan, outcome, chosen)
         self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
         self._callbacks.raise_all()
 
-    def _sample(self, plan: StepPlan, logits: Tensor | None, now: float) -> tuple[Sampled, Int64s | None]:
-        """Choose the next tokens, packed by sampling row, and how many each row got; None: one each.
+    def _sample(self, plan: StepPlan, logits: Tensor | None) -> tuple[Sampled, Int64s | None, Rows]:
+        """Choose the next tokens, packed by sampling row; how many each row got, None: one each; the rows whose first it is.
 
         Changes nothing that a second try would not set again.
         """
         if logits is None or not len(plan.sampling_rows):
-            return NOTHING_SAMPLED, None
+            return NOTHING_SAMPLED, None, plan.sampling_rows
         rows, lengths = positions_of(plan)
         num_outputs = lengths - self._rows.num_prompt[rows]
         sampled = self._sampler.sample(logits, rows, num_outputs)
-        for row in rows[num_outputs == 0].tolist():
+        beginning = rows[num_outputs == 0]
+        if plan.drafts is None:
+            return sampled, None, beginning
+        accepted = accept_drafts(sampled.token_ids, plan.drafts.token_ids, plan.drafts.num_tokens)
+        return sampled.only(accepted.kept), accepted.num_tokens, beginning
+
+    def _note_first_tokens(self, rows: Rows, now: float) -> None:
+        """These rows have their first token on the host now, but for those that are ended because there was none."""
+        for row in rows.tolist():
             sample = self._rows.samples[row]
             if sample is not None:
                 sample.first_token_s = now
-        if plan.drafts is None:
-            return sampled, None
-        accepted = accept_drafts(sampled.token_ids, plan.drafts.token_ids, plan.drafts.num_tokens)
-        return sampled.only(accepted.kept), accepted.num_tokens
 
     def _end_unsampled(self, rows: Rows, sampled: Sampled) -> None:
         """End the requests for which no token could be chosen; `rows` are those of the tokens."""

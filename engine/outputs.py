@@ -45,7 +45,7 @@ class RequestTimings:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token: from arrival until it was sampled."""
+        """Time to first token: from arrival until it was sampled and brought to the host."""
         return None if self.first_token_s is None else self.first_token_s - self.arrival_s
 
     @property

@@ -1,0 +1,70 @@
+"""The engine's loop by itself: times, callbacks, what it trusts of a caller."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, make_model
+
+from pagedkv.engine import LLM, RequestOutput, SamplingParams
+from pagedkv.errors import InvalidArgumentError
+from pagedkv.simulations.run_records import read_run
+
+MODEL = make_model("llama")
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+def make_llm(**options: Any) -> LLM:
+    return LLM(MODEL, **({"num_blocks": 64, "block_size": 4, "self_check": False} | options))
+
+
+def ids(*token_ids: int) -> Any:
+    return np.array(token_ids, np.int32)
+
+
+def fail(_known: Any, _logits: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("a processor's bug")
+
+
+class Clock:
+    """Stands still unless it is turned on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_request_that_fails_at_its_first_token_had_none_and_its_record_is_read(tmp_path: Path) -> None:
+    with make_llm(max_num_batched_tokens=16, max_num_running=4, record=tmp_path / "run") as llm:
+        bad, good = llm.generate(
+            [[5] * 40, [6] * 8], [SamplingParams(max_tokens=4, logits_processor=fail), SamplingParams(max_tokens=4)]
+        )
+
+    assert (bad.finish_reason, bad.token_ids) == ("error", ())
+    assert bad.timings.ttft_s is None
+    assert good.timings.ttft_s is not None
+    assert len(read_run(tmp_path / "run").requests.end_s) == 2
+
+
+def test_the_first_token_is_there_when_it_was_brought_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    llm = make_llm(clock=clock)
+    sample = llm.engine._sampler.sample
+
+    def wait_for_the_device(*args: Any) -> Any:
+        clock.now += 5
+        return sample(*args)
+
+    monkeypatch.setattr(type(llm.engine._sampler), "sample", lambda _, *args: wait_for_the_device(*args))
+    timings = llm.generate([1, 2, 3], SamplingParams(max_tokens=1))[0].timings
+
+    assert timings.ttft_s == timings.e2e_s == 5.0
+    assert llm.metrics().time_to_first_token_seconds.total == 5.0
