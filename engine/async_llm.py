@@ -81,7 +81,7 @@ class AsyncLLM:
         did not end by itself, after the pieces until then.
         """
         request_id, mailbox = await self._submit(
-            prompt, params, streams=True, priority=priority, salt=salt, client=client
+            prompt, params, arrival_s=self._now(), streams=True, priority=priority, salt=salt, client=client
         )
         end: RequestOutput | Exception | None = None
         try:
@@ -104,9 +104,14 @@ class AsyncLLM:
         client: str | int | None = None,
     ) -> RequestOutput:
         """Complete a prompt. Cancelling the task aborts the request. Raises as `stream` does."""
-        request_id, mailbox = await self._submit(
-            prompt, params, streams=False, priority=priority, salt=salt, client=client
+        return await self._complete(
+            prompt, params, arrival_s=self._now(), priority=priority, salt=salt, client=client
         )
+
+    async def _complete(
+        self, prompt: TextOrTokens, params: SamplingParams | None, *, arrival_s: float, **asked: Any
+    ) -> RequestOutput:
+        request_id, mailbox = await self._submit(prompt, params, arrival_s=arrival_s, streams=False, **asked)
         end: RequestOutput | Exception | None = None
         try:
             while end is None:
@@ -130,8 +135,11 @@ class AsyncLLM:
 
         To stream the answer: `engine.stream(await engine.chat_prompt(messages))`.
         """
+        arrival_s = self._now()
         prompt = await self.chat_prompt(messages, **template)
-        return await self.generate(prompt, params, priority=priority, salt=salt, client=client)
+        return await self._complete(
+            prompt, params, arrival_s=arrival_s, priority=priority, salt=salt, client=client
+        )
 
     async def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue.
@@ -182,6 +190,7 @@ class AsyncLLM:
         prompt: TextOrTokens,
         params: SamplingParams | None,
         *,
+        arrival_s: float,
         streams: bool,
         priority: float,
         salt: bytes,
@@ -203,6 +212,7 @@ class AsyncLLM:
                     priority=priority,
                     salt=salt,
                     client=client,
+                    arrival_s=arrival_s,
                 )
             except Exception as error:  # noqa: BLE001 - what one caller's arguments raise is that caller's, whatever it is
                 self._end(request_id, error)
@@ -225,6 +235,10 @@ class AsyncLLM:
             self._waiting.pop(request_id, None)
             self._commands.append(abort)
             self._wake.notify()
+
+    def _now(self) -> float:
+        """The time on the engine's clock. Raises EngineClosedError."""
+        return self._open_llm().engine.clock()
 
     def _open_llm(self) -> LLM:
         """Raises EngineClosedError."""

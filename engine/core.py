@@ -27,7 +27,7 @@ from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.speculation import Drafter, RowDrafts, accept_drafts, positions_of
 from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
-from pagedkv.errors import DuplicateIdError
+from pagedkv.errors import DuplicateIdError, InvalidArgumentError
 from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepPlan
 from pagedkv.scheduler.events import Admitted
 from pagedkv.storage import KVStorage
@@ -82,7 +82,7 @@ class Engine:
         self.end_token_ids = tuple(end_token_ids)
         self._sampler = Sampler(model.vocab_size)
         self._seeds = np.random.default_rng(seed)
-        self._clock = clock
+        self.clock = clock
         self._rows = RowColumns()
         self._recovery = Recovery(model, scheduler, self._rows)
         self._callbacks = HeldErrors("callbacks")
@@ -102,8 +102,11 @@ class Engine:
         priority: float = 0.0,
         salt: bytes = b"",
         client: str | int | None = None,
+        arrival_s: float | None = None,
     ) -> None:
         """Queue a request. Callbacks come from within `step` and `abort`; what one raises comes out there, once the work is done.
+
+        `arrival_s` is when its user sent it, by `clock`; None: now. All latencies count from there.
 
         Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError if it can never fit, and QueueFullError if as many
         wait as may, of all or of its `client`.
@@ -111,13 +114,17 @@ class Engine:
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
         self.limits.check_params(params)
-        now = self._clock()
+        now = self.clock()
+        if arrival_s is None:
+            arrival_s = now
+        elif not arrival_s <= now:
+            raise InvalidArgumentError(f"arrival_s {arrival_s} lies ahead: the clock says {now}")
         live = LiveRequest(
             request_id,
             prompt_token_ids,
             params,
             seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
-            arrival_s=now,
+            arrival_s=arrival_s,
             prompt=prompt,
             salt=salt,
             on_piece=on_piece,
@@ -134,9 +141,9 @@ class Engine:
             n=params.n,
         )
         self.limits.check_priority(priority)
-        self.scheduler.add(request, now)
+        self.scheduler.add(request, arrival_s)
         self._requests[request_id] = live
-        self._observers.on_request(request, now)
+        self._observers.on_request(request, arrival_s)
 
     @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
@@ -145,7 +152,7 @@ class Engine:
         self._callbacks.raise_all()
 
     def _end_request(self, request_id: str, error: Exception | None) -> None:
-        now = self._clock()
+        now = self.clock()
         tokens = self.scheduler.outputs(request_id)
         self.scheduler.abort(request_id, now)
         live = self._requests[request_id]
@@ -185,34 +192,34 @@ class Engine:
     @uninterrupted
     def step(self) -> None:
         """Plan one step, carry it out, and tell what came of it."""
-        start = self._clock()
+        start = self.clock()
         plan = self.scheduler.schedule(start, None if self._drafts is None else self._drafts.guess())
         self._observers.on_schedule(plan)
-        scheduled = self._clock()
+        scheduled = self.clock()
         try:
             self._seat(plan.admitted)
             with interruptible():
                 self._runner.apply(plan)
                 logits = self._runner.compute(plan)
-            computed = self._clock()
+            computed = self.clock()
             sampled, counts, beginning = self._sample(plan, logits)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
             self._callbacks.raise_all()
             return
         except BaseException:
-            self.scheduler.fail(plan, self._clock(), "interrupted")
+            self.scheduler.fail(plan, self.clock(), "interrupted")
             raise
         self._recovery.step_succeeded()
         rows = plan.sampling_rows
         self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
         touched, outcome = tell_listeners(self._rows, rows, sampled, counts)
-        chosen = self._clock()
+        chosen = self.clock()
         self._note_first_tokens(beginning, chosen)
         events = self.scheduler.update(plan, outcome, chosen)
         self._remember(events)
         self._collect(events, touched, chosen)
-        self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self._clock()))
+        self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self.clock()))
         self._callbacks.raise_all()
 
     def _sample(self, plan: StepPlan, logits: Tensor | None) -> tuple[Sampled, Int64s | None, Rows]:
@@ -300,7 +307,7 @@ class Engine:
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """The step was not carried out: plan it again, or, if that was tried already, without the requests to blame."""
         guilty = self._recovery.blame(plan, error)
-        self.scheduler.fail(plan, self._clock(), f"{type(error).__name__}: {error}")
+        self.scheduler.fail(plan, self.clock(), f"{type(error).__name__}: {error}")
         for live, failure in guilty:
             self._end_request(live.request_id, failure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -32,6 +33,7 @@ class Observers:
         self.timeline = timeline
         self.recorder: RunRecorder | None = None
         self.on_admitted: Callable[[Admitted], None] | None = None
+        self._last_arrival_s = -math.inf
         self._errors = HeldErrors("files that were being written")
         self._num_waiting = 0
         self._num_used_blocks = 0
@@ -52,10 +54,12 @@ class Observers:
         if self.on_admitted is not None and type(event) is Admitted and event.mode == "new":
             self.on_admitted(event)
 
-    def on_request(self, request: Request, now: float) -> None:
+    def on_request(self, request: Request, arrival_s: float) -> None:
         """A request was accepted."""
         if self.recorder is not None:
-            self._to_recorder(self.recorder.on_request, request, now)
+            # Requests of several threads need not line up in the order of their arrival; a record's do.
+            self._last_arrival_s = max(self._last_arrival_s, arrival_s)
+            self._to_recorder(self.recorder.on_request, request, self._last_arrival_s)
 
     def on_schedule(self, plan: StepPlan) -> None:
         """A step was planned; the counters as they are while it runs are noted."""

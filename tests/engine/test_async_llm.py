@@ -438,3 +438,28 @@ def test_an_interpreter_that_forgets_to_close_ends_and_its_files_are_complete(tm
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
     assert (tmp_path / "timeline.json").read_text().rstrip().endswith("]")
+
+
+@pytest.mark.parametrize("way", ["generate", "stream", "chat"])
+def test_a_request_arrives_before_its_text_is_tokenized(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    llm = make_llm(clock=lambda: now)
+    prepare = llm.prepare
+
+    def take_five_seconds(*args: Any) -> Any:
+        nonlocal now
+        now += 5
+        return prepare(*args)
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            if way == "generate":
+                await engine.generate("abc", GREEDY)
+            elif way == "chat":
+                await engine.chat([{"role": "user", "content": "abc"}], GREEDY)
+            else:
+                assert [piece async for piece in engine.stream("abc", GREEDY)]
+            assert engine.metrics().time_to_first_token_seconds.total == 5.0
+
+    monkeypatch.setattr(llm, "prepare", take_five_seconds)
+    run(main())

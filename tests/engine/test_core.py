@@ -68,3 +68,22 @@ def test_the_first_token_is_there_when_it_was_brought_to_the_host(monkeypatch: p
 
     assert timings.ttft_s == timings.e2e_s == 5.0
     assert llm.metrics().time_to_first_token_seconds.total == 5.0
+
+
+def test_a_request_arrives_when_its_caller_says(tmp_path: Path) -> None:
+    clock = Clock()
+    ended: list[RequestOutput] = []
+    with make_llm(clock=clock, record=tmp_path / "run") as llm:
+        clock.now = 9.0
+        # Of two threads that hand requests in at about the same time, either may come first.
+        for request_id, arrival_s in (("a", 7.0), ("b", 6.0)):
+            llm.engine.add(request_id, ids(1, 2), GREEDY, on_finish=ended.append, arrival_s=arrival_s)
+        with pytest.raises(InvalidArgumentError, match=r"arrival_s 9\.5 lies ahead"):
+            llm.engine.add("c", ids(1, 2), GREEDY, on_finish=ended.append, arrival_s=9.5)
+        while llm.engine.has_work:
+            llm.engine.step()
+        assert llm.metrics().e2e_request_latency_seconds.total == 5.0
+
+    assert [(output.timings.queue_s, output.timings.e2e_s) for output in ended] == [(2.0, 2.0), (3.0, 3.0)]
+    lines = (tmp_path / "run" / "trace.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arrival_s"] for line in lines] == [7.0, 7.0]
