@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from pagedkv.engine.live_requests import LiveRequest, LiveSample, OnFinish, OnPi
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.observers import Observers
+from pagedkv.engine.outputs import Piece, RequestOutput
 from pagedkv.engine.recovery import Recovery
 from pagedkv.engine.request_limits import RequestLimits
 from pagedkv.engine.row_columns import RowColumns
@@ -86,6 +88,8 @@ class Engine:
         self._rows = RowColumns()
         self._recovery = Recovery(model, scheduler, self._rows)
         self._callbacks = HeldErrors("callbacks")
+        self._news: deque[tuple[Callable[[Any], None], Piece | RequestOutput]] = deque()
+        """Callbacks to be called once the books are closed, each with what it is told."""
 
     # Requests
 
@@ -104,7 +108,9 @@ class Engine:
         client: str | int | None = None,
         arrival_s: float | None = None,
     ) -> None:
-        """Queue a request. Callbacks come from within `step` and `abort`; what one raises comes out there, once the work is done.
+        """Queue a request. Callbacks come at the end of `step`, `abort` and `close`; what one raises comes out there.
+
+        A callback may add and abort requests: the books are closed by then.
 
         `arrival_s` is when its user sent it, by `clock`; None: now. All latencies count from there.
 
@@ -149,7 +155,7 @@ class Engine:
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
         self._end_request(request_id, error)
-        self._callbacks.raise_all()
+        self._tell()
 
     def _end_request(self, request_id: str, error: Exception | None) -> None:
         now = self.clock()
@@ -181,7 +187,7 @@ class Engine:
         for request_id in list(self._requests):
             self._end_request(request_id, None)
         self._callbacks.call(self._observers.close)
-        self._callbacks.raise_all()
+        self._tell()
 
     def metrics(self) -> MetricsSnapshot:
         """Counters, gauges and histograms as they are now. From any thread. O(buckets)."""
@@ -205,7 +211,7 @@ class Engine:
             sampled, counts, beginning = self._sample(plan, logits)
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it must not take other requests along
             self._recover(plan, error)
-            self._callbacks.raise_all()
+            self._tell()
             return
         except BaseException:
             self.scheduler.fail(plan, self.clock(), "interrupted")
@@ -220,7 +226,7 @@ class Engine:
         self._remember(events)
         self._collect(events, touched, chosen)
         self._observers.on_step(plan, events, StepTimes(start, scheduled, computed, chosen, self.clock()))
-        self._callbacks.raise_all()
+        self._tell()
 
     def _sample(self, plan: StepPlan, logits: Tensor | None) -> tuple[Sampled, Int64s | None, Rows]:
         """Choose the next tokens, packed by sampling row; how many each row got, None: one each; the rows whose first it is.
@@ -264,7 +270,7 @@ class Engine:
     # What comes of it
 
     def _collect(self, events: StepEvents, touched: list[LiveSample], now: float) -> None:
-        """Build the outputs of samples that ended, hand out pieces, then end the requests whose text failed."""
+        """Build the outputs of samples that ended, and pieces, then end the requests whose text failed."""
         failed: list[LiveSample] = []
         for ended, reason in events.finished:
             live = self._requests[ended.request.request_id]
@@ -281,7 +287,7 @@ class Engine:
             if sample.error is not None:
                 failed.append(sample)
             elif sample.request.on_piece is not None:
-                self._callbacks.call(sample.request.on_piece, sample.take_piece())
+                self._news.append((sample.request.on_piece, sample.take_piece()))
         for sample in failed:
             if self._requests.get(sample.request.request_id) is sample.request:
                 self._end_request(sample.request.request_id, sample.error)
@@ -297,12 +303,19 @@ class Engine:
             self._drafts.end((live.request_id, sample.index))
         if live.on_piece is not None:
             last = replace(sample.take_piece(), finish_reason=completion.finish_reason, stop=completion.stop)
-            self._callbacks.call(live.on_piece, last)
+            self._news.append((live.on_piece, last))
         if len(live.completions) == live.num_samples:
             del self._requests[live.request_id]
             output = live.output(now)
             live.samples.clear()  # They refer back to it: what its callbacks hold is not to wait for the garbage collector.
-            self._callbacks.call(live.on_finish, output)
+            self._news.append((live.on_finish, output))
+
+    def _tell(self) -> None:
+        """Call the callbacks, in order; one that aborts a request has the rest called first."""
+        while self._news:
+            callback, news = self._news.popleft()
+            self._callbacks.call(callback, news)
+        self._callbacks.raise_all()
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """The step was not carried out: plan it again, or, if that was tried already, without the requests to blame."""

@@ -87,3 +87,48 @@ def test_a_request_arrives_when_its_caller_says(tmp_path: Path) -> None:
     assert [(output.timings.queue_s, output.timings.e2e_s) for output in ended] == [(2.0, 2.0), (3.0, 3.0)]
     lines = (tmp_path / "run" / "trace.jsonl").read_text().splitlines()
     assert [json.loads(line)["arrival_s"] for line in lines] == [7.0, 7.0]
+
+
+def test_a_callback_may_abort_who_ended_partly_in_the_same_step() -> None:
+    """`a` ends in step 3 and has `b` aborted, of which sample 0 ends in that step; `d` ends in it too."""
+    llm = make_llm()
+    engine = llm.engine
+    ended: list[RequestOutput] = []
+    (both,) = make_llm().generate([1, 2, 3], SamplingParams(max_tokens=6, n=2, seed=5))
+    one, other = (completion.token_ids for completion in both.completions)
+    stop = next(token for token in one if token not in other)
+    num_tokens = one.index(stop) + 1
+    last = make_llm().generate([1, 2, 3], SamplingParams(max_tokens=num_tokens, seed=11))[0].token_ids[-1]
+    alone = SamplingParams(max_tokens=20, min_tokens=num_tokens - 1, seed=11, stop_token_ids=[last])
+
+    def abort_b(output: RequestOutput) -> None:
+        ended.append(output)
+        if engine.is_live("b"):
+            engine.abort("b")
+
+    forked = SamplingParams(max_tokens=6, n=2, seed=5, stop_token_ids=[stop])
+    engine.add("a", ids(1, 2, 3), alone, on_finish=abort_b)
+    engine.add("b", ids(1, 2, 3), forked, on_finish=ended.append)
+    engine.add("d", ids(1, 2, 3), alone, on_finish=ended.append)
+    for _ in range(num_tokens):
+        engine.step()
+
+    assert sorted(output.request_id for output in ended) == ["a", "b", "d"]
+    reasons = {output.request_id: [each.finish_reason for each in output.completions] for output in ended}
+    assert reasons == {"a": ["stop"], "b": ["stop", "abort"], "d": ["stop"]}
+    tokens_of_b = next(output for output in ended if output.request_id == "b").completions[0].token_ids
+    assert tokens_of_b == one[:num_tokens]
+    assert not engine.has_work
+    llm.close()
+
+
+def test_who_ends_in_a_step_is_live_to_no_callback_of_it() -> None:
+    llm = make_llm()
+    engine = llm.engine
+    seen: list[bool] = []
+    engine.add("a", ids(1, 2), GREEDY, on_finish=lambda _: seen.append(engine.is_live("b")))
+    engine.add("b", ids(3, 4), GREEDY, on_finish=lambda _: seen.append(engine.is_live("a")))
+    while engine.has_work:
+        engine.step()
+
+    assert seen == [False, False]
