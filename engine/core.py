@@ -31,7 +31,7 @@ from pagedkv.engine.step_runner import StepRunner
 from pagedkv.engine.timeline import StepTimes
 from pagedkv.errors import DuplicateIdError, InvalidArgumentError
 from pagedkv.scheduler import Request, Scheduler, Seat, StepEvents, StepPlan
-from pagedkv.scheduler.events import Admitted
+from pagedkv.scheduler.events import Admitted, Preempted
 from pagedkv.storage import KVStorage
 
 __all__ = ["Engine"]
@@ -79,7 +79,7 @@ class Engine:
         self._observers = observers
         self._requests: dict[str, LiveRequest] = {}
         # Not a method: no cycle then keeps the K/V memory until the garbage collector comes by.
-        observers.on_admitted = partial(_note_admission, self._requests)
+        observers.on_seating = partial(_note_seating, self._requests)
         observers.watch(scheduler)
         self.end_token_ids = tuple(end_token_ids)
         self._sampler = Sampler(model.vocab_size)
@@ -218,7 +218,8 @@ class Engine:
             raise
         self._recovery.step_succeeded()
         rows = plan.sampling_rows
-        self._end_unsampled(rows if counts is None else rows.repeat(counts), sampled)
+        if sampled.errors:
+            self._end_unsampled(plan, rows if counts is None else rows.repeat(counts), sampled)
         touched, outcome = tell_listeners(self._rows, rows, sampled, counts)
         chosen = self.clock()
         self._note_first_tokens(beginning, chosen)
@@ -251,8 +252,9 @@ class Engine:
             if sample is not None:
                 sample.first_token_s = now
 
-    def _end_unsampled(self, rows: Rows, sampled: Sampled) -> None:
+    def _end_unsampled(self, plan: StepPlan, rows: Rows, sampled: Sampled) -> None:
         """End the requests for which no token could be chosen; `rows` are those of the tokens."""
+        self._observers.on_seats(plan.admitted)
         for idx, error in sampled.errors.items():
             sample = self._rows.samples[rows[idx]]
             if sample is not None:  # Otherwise it ended with another sample of its request.
@@ -277,7 +279,6 @@ class Engine:
             sample = live.samples.get(ended.sample_idx)
             if sample is None:  # It computed its prompt only, and was never seated to sample.
                 sample = self._new_sample(live, ended.sample_idx)
-            sample.num_preemptions = ended.num_preemptions
             self._finish_sample(sample, ended.output_token_ids, reason, now)
             if sample.error is not None:
                 failed.append(sample)
@@ -369,7 +370,10 @@ class Engine:
         return (*own, *params.stop_token_ids)
 
 
-def _note_admission(requests: dict[str, LiveRequest], event: Admitted) -> None:
+def _note_seating(requests: dict[str, LiveRequest], event: Admitted | Preempted) -> None:
     live = requests[event.request_id]
-    live.admitted_s = event.time
-    live.num_cached_tokens = event.num_hit_tokens
+    if isinstance(event, Admitted):
+        live.admitted_s = event.time
+        live.num_cached_tokens = event.num_hit_tokens
+    elif event.sample_idx in live.samples:
+        live.samples[event.sample_idx].num_preemptions += 1

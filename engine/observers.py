@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 from pagedkv.engine.held_errors import HeldErrors
@@ -12,8 +12,8 @@ from pagedkv.engine.metrics import EngineMetrics
 from pagedkv.engine.outputs import Completion
 from pagedkv.engine.run_record import RunRecorder
 from pagedkv.engine.timeline import StepTimes, Timeline
-from pagedkv.scheduler import Event, Request, Scheduler, StepEvents, StepPlan
-from pagedkv.scheduler.events import Admitted
+from pagedkv.scheduler import Event, Request, Scheduler, Seat, StepEvents, StepPlan
+from pagedkv.scheduler.events import Admitted, Preempted
 
 __all__ = ["Observers"]
 
@@ -25,14 +25,14 @@ class Observers:
 
     metrics:     always there
     timeline, recorder: or None; each ends with its first error (a disk is full), which `close` raises. Serving goes on
-    on_admitted: called for requests that get a seat for the first time
+    on_seating: called when a request gets a seat for the first time, and when a sample loses its seat
     """
 
     def __init__(self, metrics: EngineMetrics, timeline: Timeline | None = None) -> None:
         self.metrics = metrics
         self.timeline = timeline
         self.recorder: RunRecorder | None = None
-        self.on_admitted: Callable[[Admitted], None] | None = None
+        self.on_seating: Callable[[Admitted | Preempted], None] | None = None
         self._last_arrival_s = -math.inf
         self._errors = HeldErrors("files that were being written")
         self._num_waiting = 0
@@ -51,8 +51,10 @@ class Observers:
         self.metrics.emit(event)
         if self.timeline is not None:
             self._to_timeline(self.timeline.emit, event)
-        if self.on_admitted is not None and type(event) is Admitted and event.mode == "new":
-            self.on_admitted(event)
+        if self.on_seating is not None and (
+            (isinstance(event, Admitted) and event.mode == "new") or isinstance(event, Preempted)
+        ):
+            self.on_seating(event)
 
     def on_request(self, request: Request, arrival_s: float) -> None:
         """A request was accepted."""
@@ -68,6 +70,11 @@ class Observers:
         if self.recorder is not None and self._scheduler is not None:
             self._num_waiting = self._scheduler.num_waiting
             self._num_used_blocks = self._scheduler.manager.memory.pool.num_used
+
+    def on_seats(self, seats: Sequence[Seat]) -> None:
+        """Requests that have these seats end before the step in which they got them is told. O(seats)."""
+        if self.recorder is not None:
+            self._to_recorder(self.recorder.on_seats, seats)
 
     def on_step(self, plan: StepPlan, events: StepEvents, times: StepTimes) -> None:
         """A step was carried out and updated. O(rows) array operations."""

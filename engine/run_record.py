@@ -38,7 +38,7 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,7 @@ import numpy as np
 
 from pagedkv import InvalidArgumentError, SimulatedPrompt, UnknownIdError, __version__
 from pagedkv.block_keys import Key
-from pagedkv.scheduler import FinishReason, Request, Scheduler, StepPlan
+from pagedkv.scheduler import FinishReason, Request, Scheduler, Seat, StepPlan
 from pagedkv.scheduler.recording import POLICIES, ROLES
 
 __all__ = ["STEP_COLUMNS", "RunRecorder"]
@@ -205,13 +205,17 @@ class RunRecorder:
             f"{len(plan.copies)},{len(plan.swaps_in)},{len(plan.swaps_out)},{num_waiting},{num_used_blocks}\n"
         )
         self._num_steps += 1
-        for seat in plan.admitted:
-            pending = self._live.get(seat.request_id)
-            if pending is not None:
-                pending.was_admitted = True
+        self.on_seats(plan.admitted)
         if end_s - self._last_flush_s >= FLUSH_EVERY_S:
             self._last_flush_s = end_s
             self._flush()
+
+    def on_seats(self, seats: Sequence[Seat]) -> None:
+        """These seats were taken in a step that was carried out: for requests that end before it is told. O(seats)."""
+        for seat in seats:
+            pending = self._live.get(seat.request_id)
+            if pending is not None:
+                pending.was_admitted = True
 
     def on_finish(
         self,

@@ -132,3 +132,33 @@ def test_who_ends_in_a_step_is_live_to_no_callback_of_it() -> None:
         engine.step()
 
     assert seen == [False, False]
+
+
+def test_an_aborted_request_tells_how_often_it_was_preempted(tmp_path: Path) -> None:
+    llm = make_llm(num_blocks=10, record=tmp_path / "run")
+    engine = llm.engine
+    ended: list[RequestOutput] = []
+    for number in range(3):
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        engine.add(str(number), np.full(8, number + 3, np.int32), params, on_finish=ended.append)
+    while engine.metrics().num_preemptions < 2:
+        engine.step()
+    for number in range(3):
+        if engine.is_live(str(number)):
+            engine.abort(str(number))
+    llm.close()
+
+    assert sum(output.timings.num_preemptions for output in ended) == 2
+    lines = (tmp_path / "run" / "trace.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["samples"][0]["num_preemptions"] for line in lines) == 2
+
+
+def test_a_request_that_fails_in_its_first_step_had_a_seat(tmp_path: Path) -> None:
+    with make_llm(record=tmp_path / "run") as llm:
+        llm.generate(
+            [[5] * 40, [6] * 8], [SamplingParams(max_tokens=4, logits_processor=fail), SamplingParams(max_tokens=4)]
+        )
+
+    record = read_run(tmp_path / "run")
+    assert len(record.requests.end_s) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["num_never_admitted"] == 0
