@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pagedkv.arrays import Int32s, Int64s, Rows
+from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
 from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.listeners import tell_listeners
@@ -97,7 +97,7 @@ class Engine:
     def add(
         self,
         request_id: str,
-        prompt_token_ids: Int32s,
+        prompt_token_ids: Sequence[int] | Int32s,
         params: SamplingParams,
         *,
         on_finish: OnFinish,
@@ -119,26 +119,17 @@ class Engine:
         """
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
+        token_ids = as_token_ids("prompt", prompt_token_ids)  # A copy: the caller may go on using its own.
+        self.limits.check_prompt(token_ids, params)
         self.limits.check_params(params)
         now = self.clock()
         if arrival_s is None:
             arrival_s = now
         elif not arrival_s <= now:
             raise InvalidArgumentError(f"arrival_s {arrival_s} lies ahead: the clock says {now}")
-        live = LiveRequest(
-            request_id,
-            prompt_token_ids,
-            params,
-            seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
-            arrival_s=arrival_s,
-            prompt=prompt,
-            salt=salt,
-            on_piece=on_piece,
-            on_finish=on_finish,
-        )
         request = Request(
             request_id,
-            prompt_token_ids,
+            token_ids,
             params.max_tokens,
             priority=priority,
             client=client,
@@ -148,7 +139,17 @@ class Engine:
         )
         self.limits.check_priority(priority)
         self.scheduler.add(request, arrival_s)
-        self._requests[request_id] = live
+        self._requests[request_id] = LiveRequest(
+            request_id,
+            token_ids,
+            params,
+            seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
+            arrival_s=arrival_s,
+            prompt=prompt,
+            salt=salt,
+            on_piece=on_piece,
+            on_finish=on_finish,
+        )
         self._observers.on_request(request, arrival_s)
 
     @uninterrupted

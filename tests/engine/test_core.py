@@ -162,3 +162,47 @@ def test_a_request_that_fails_in_its_first_step_had_a_seat(tmp_path: Path) -> No
     record = read_run(tmp_path / "run")
     assert len(record.requests.end_s) == 2
     assert json.loads((tmp_path / "run" / "run.json").read_text())["num_never_admitted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([1, VOCABULARY], GREEDY, "the prompt holds"),
+        ([], GREEDY, "found none"),
+        ([1] * 500, SamplingParams(max_tokens=20), "exceed the model's"),
+        ([-1], GREEDY, "-1"),
+        ([1], SamplingParams(stop="x"), "need a tokenizer"),
+    ],
+)
+def test_adding_checks_all_that_a_request_may_not_exceed(
+    prompt: list[int], params: SamplingParams, message: str
+) -> None:
+    llm = make_llm(num_blocks=1000)
+
+    with pytest.raises(InvalidArgumentError, match=message):
+        llm.engine.add("a", prompt, params, on_finish=print)
+
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("make", [list, np.array, lambda ids: np.array(ids, np.int32)])
+def test_adding_takes_a_prompt_as_it_is_then(make: Callable[[list[int]], Any]) -> None:
+    llm = make_llm()
+    expected = llm.generate([1, 2, 3], GREEDY)[0]
+    ended: list[RequestOutput] = []
+    prompt = make([1, 2, 3])
+    llm.engine.add("a", prompt, GREEDY, on_finish=ended.append)
+    prompt[:] = prompt[:0] if isinstance(prompt, list) else 7
+    while llm.engine.has_work:
+        llm.engine.step()
+
+    assert (ended[0].prompt_token_ids, ended[0].token_ids) == ((1, 2, 3), expected.token_ids)
+
+
+def test_a_refused_request_changes_nobodys_seed() -> None:
+    expected = make_llm().generate([1, 2, 3], SamplingParams(max_tokens=12))[0].token_ids
+    llm = make_llm()
+    with pytest.raises(InvalidArgumentError):
+        llm.engine.add("a", ids(1, 2), SamplingParams(max_tokens=400), on_finish=print)
+
+    assert llm.generate([1, 2, 3], SamplingParams(max_tokens=12))[0].token_ids == expected
