@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.arrays import MAX_TOKENS, Int32s, as_int, cdiv
+from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.step_inputs import StepInputs
 from pagedkv.errors import InvalidArgumentError, OutOfBlocksError
@@ -130,6 +131,7 @@ class BeamSearch:
         self._storage = storage
         self._budget = max_num_batched_tokens
 
+    @uninterrupted
     def run(
         self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int]
     ) -> list[list[Beam]]:
@@ -233,7 +235,9 @@ class BeamSearch:
     def _compute(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> Tensor:
         """Compute the next known tokens of each sequence; returns the logits of the last of each, (sequences, vocab)."""
         with self._manager.step():
-            return self._model.forward(self._append(sequence_ids, tokens))
+            step = self._append(sequence_ids, tokens)
+            with interruptible():
+                return self._model.forward(step)
 
     def _append(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> StepInputs:
         """Give the tokens their slots, and carry out the copies on write."""

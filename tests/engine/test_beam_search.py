@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -129,3 +130,34 @@ def test_as_many_new_tokens_may_be_asked_for_as_a_sequence_has_at_most() -> None
     assert BeamSearchParams(max_tokens=2**26).max_tokens == 2**26
     with pytest.raises(InvalidArgumentError, match=r"max_tokens must be in 1\.\.67108864"):
         BeamSearchParams(max_tokens=2**26 + 1)
+
+
+@pytest.mark.parametrize("verb", ["open", "fork", "close", "append"])
+def test_ctrl_c_in_the_bookkeeping_of_a_search_leaves_no_block(
+    model: Any, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    manager = llm.engine.scheduler.manager
+    do = getattr(manager, verb)
+    num_calls = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        result = do(*args)
+        if num_calls == 1:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(manager, verb, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.beam_search(PROMPTS[:1], BeamSearchParams(num_beams=3, max_tokens=8))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert num_calls
+    assert manager.statistics().num_used == 0
+    manager.check_invariants()
