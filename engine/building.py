@@ -97,17 +97,12 @@ def build_engine(
         identity=CacheIdentity(model=type(model).__name__),
     )
     manager = KVCacheManager(cache, eviction=eviction)
-    observers = Observers(
-        EngineMetrics(max_model_len=max_length_of(model) or MAX_METRIC_LENGTH),
-        None if timeline is None else Timeline(timeline),
-    )
+    observers = Observers(EngineMetrics(max_model_len=max_length_of(model) or MAX_METRIC_LENGTH))
     scheduler = Scheduler(
         scheduler_config, manager, policy=policy, victim=victim, preemption=preemption, sink=observers
     )
     storage = KVStorage(spec, num_blocks, next(model.parameters()).device, num_host_blocks)
-    if record is not None:
-        observers.recorder = RunRecorder(record, scheduler, model=_facts(model, spec), origin_s=clock())
-    return Engine(
+    engine = Engine(
         PagedModel(model, layers, storage),
         scheduler,
         storage,
@@ -119,6 +114,15 @@ def build_engine(
         seed=seed,
         clock=clock,
     )
+    # Last, when nothing else can fail: what an earlier run left must not be lost to a construction that comes to nothing.
+    if timeline is not None:
+        Path(timeline).open("a").close()
+    if record is not None:
+        observers.recorder = RunRecorder(record, scheduler, model=_facts(model, spec), origin_s=clock())
+    if timeline is not None:
+        observers.timeline = Timeline(timeline)
+        observers.timeline.watch(scheduler)
+    return engine
 
 
 def _facts(model: Any, spec: KVSpec) -> dict[str, str | int]:

@@ -28,9 +28,9 @@ class Observers:
     on_seating: called when a request gets a seat for the first time, and when a sample loses its seat
     """
 
-    def __init__(self, metrics: EngineMetrics, timeline: Timeline | None = None) -> None:
+    def __init__(self, metrics: EngineMetrics) -> None:
         self.metrics = metrics
-        self.timeline = timeline
+        self.timeline: Timeline | None = None
         self.recorder: RunRecorder | None = None
         self.on_seating: Callable[[Admitted | Preempted], None] | None = None
         self._last_arrival_s = -math.inf
@@ -43,8 +43,6 @@ class Observers:
         """The scheduler whose events come is this one."""
         self._scheduler = scheduler
         self.metrics.watch(scheduler)
-        if self.timeline is not None:
-            self.timeline.watch(scheduler)
 
     def emit(self, event: Event) -> None:
         """Pass an event of the scheduler on. O(1)."""

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from families import make_model
 
-from pagedkv.engine import LLM, AsyncLLM, RequestOutput, SamplingParams
+from pagedkv.engine import LLM, AsyncLLM, NgramDrafter, RequestOutput, SamplingParams
 from pagedkv.engine.run_record import RunRecorder
 from pagedkv.engine.timeline import Timeline
+from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.scheduler.events import Added, Admitted
 
 MODEL = make_model("llama")
@@ -106,3 +107,27 @@ def test_a_clock_that_stands_still_can_be_recorded(tmp_path: Path) -> None:
         assert llm.generate(PROMPT, GREEDY)[0].token_ids == quiet_tokens()
 
     assert len((tmp_path / "run" / "steps.csv").read_text().splitlines()) == 4
+
+
+class NoGuesses(NgramDrafter):
+    """Fits no model."""
+
+    def check_target(self, vocab_size: int) -> None:
+        raise ConfigError(f"not {vocab_size}")
+
+
+def test_a_construction_that_fails_leaves_no_record_and_an_old_timeline_as_it_was(tmp_path: Path) -> None:
+    record, timeline = tmp_path / "run", tmp_path / "timeline.json"
+    timeline.write_text("of an earlier run")
+
+    with pytest.raises(ConfigError, match="not "):
+        make_llm(drafter=NoGuesses(), record=record, timeline=timeline)
+    assert not record.exists()
+    with pytest.raises(FileNotFoundError):
+        make_llm(record=record, timeline=tmp_path / "nowhere" / "timeline.json")
+    assert not record.exists()
+    make_llm(record=record).close()
+    with pytest.raises(InvalidArgumentError, match="holds a recorded run already"):
+        make_llm(record=record, timeline=timeline)
+
+    assert timeline.read_text() == "of an earlier run"
