@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pagedkv.engine.available_memory import available_bytes
 from pagedkv.engine.errors import MemoryBudgetError
 from pagedkv.engine.largest_step import LargestStep
 from pagedkv.errors import InvalidArgumentError
@@ -25,7 +26,7 @@ DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.9}
 class MemoryBudget:
     """What a device has for K/V, in bytes.
 
-    total_bytes:     of a GPU all its memory, on a CPU what is available to programs now
+    total_bytes:     of a GPU all its memory, on a CPU what is available to programs now, within the limit of a container
     free_bytes:      not in use now, the model being there already
     step_bytes:      needed on top by the largest step, choosing its tokens included, as measured; on a GPU also by graphs
     """
@@ -80,7 +81,7 @@ def can_measure(device: torch.device) -> bool:
     """Whether the system tells what memory the device has: of a CPU, Linux alone does."""
     if device.type != "cuda":
         try:
-            _available_bytes()
+            available_bytes()
         except MemoryBudgetError:
             return False
     return True
@@ -93,7 +94,7 @@ def measure_budget(device: torch.device, largest: LargestStep) -> MemoryBudget:
         step_bytes = _cuda_peak_growth(device, largest.run_decodes) + _cuda_peak_growth(device, largest.run)
         free, total = torch.cuda.mem_get_info(device)
         return MemoryBudget(total, free, step_bytes)
-    available = _available_bytes()
+    available = available_bytes()
     return MemoryBudget(available, available, _peak_growth(largest.run))
 
 
@@ -103,18 +104,6 @@ def num_blocks_within(spec: KVSpec, num_bytes: int) -> int:
         return spec.num_blocks_for(num_bytes)
     except InvalidArgumentError as error:
         raise MemoryBudgetError(str(error)) from None
-
-
-def _available_bytes() -> int:
-    """Memory that programs can still take without swapping, as Linux estimates it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        raise MemoryBudgetError(
-            "the available memory cannot be read on this system: give num_blocks or kv_memory in bytes"
-        ) from None
 
 
 def _cuda_peak_growth(device: torch.device, run: Callable[[], None]) -> int:
