@@ -37,7 +37,7 @@ class AsyncLLM:
                 print(piece.text, end="", flush=True)
 
     The engine's steps run in a thread of their own, which sleeps while there is nothing to do. Requests are added and
-    aborted between two steps. From now on the LLM belongs to that thread: nobody else may use it.
+    aborted between two steps. From now on the LLM belongs to that thread: what others do with it raises EngineClosedError.
 
     The thread is a daemon, so that a forgotten `close` cannot hang the interpreter's exit, and the exit closes the engine,
     so that the files it writes are completed. If the thread dies of an unexpected exception, everybody who waits, and who
@@ -45,7 +45,7 @@ class AsyncLLM:
     """
 
     def __init__(self, llm: LLM) -> None:
-        """Start the engine thread. Raises EngineClosedError if the LLM was closed."""
+        """Start the engine thread. Raises EngineClosedError if the LLM was closed, or another AsyncLLM has it."""
         self._llm: LLM | None = llm
         """None once it was closed: who still holds this holds no K/V memory."""
         self._wake = Condition()
@@ -58,6 +58,7 @@ class AsyncLLM:
         self._close_error: Exception | None = None
         self._numbers = itertools.count(1)
         self._thread = Thread(target=self._run, args=(llm, llm.engine), name="pagedkv-engine", daemon=True)
+        llm.engine.take_over(self._thread)
         self._thread.start()
         atexit.register(self._stop, EXIT_PATIENCE_S)
 

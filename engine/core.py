@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Thread, current_thread
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pagedkv.arrays import Int32s, Int64s, Rows, as_token_ids
+from pagedkv.engine.errors import EngineClosedError
 from pagedkv.engine.held_errors import HeldErrors
 from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.listeners import tell_listeners
@@ -87,9 +89,23 @@ class Engine:
         self.clock = clock
         self._rows = RowColumns()
         self._recovery = Recovery(model, scheduler, self._rows)
+        self._owner: Thread | None = None
         self._callbacks = HeldErrors("callbacks")
         self._news: deque[tuple[Callable[[Any], None], Piece | RequestOutput]] = deque()
         """Callbacks to be called once the books are closed, each with what it is told."""
+
+    # Whose it is
+
+    def take_over(self, thread: Thread) -> None:
+        """From now on this thread alone may add, abort, step and close. Raises EngineClosedError if another has it."""
+        self.require_owner()
+        self._owner = thread
+
+    def require_owner(self) -> None:
+        """Raise EngineClosedError if a thread has taken the engine over that still runs and is not this one. O(1)."""
+        owner = self._owner
+        if owner is not None and owner is not current_thread() and owner.is_alive():
+            raise EngineClosedError("an AsyncLLM has taken this LLM over: nobody else may use it until that is closed")
 
     # Requests
 
@@ -117,6 +133,7 @@ class Engine:
         Raises DuplicateIdError, InvalidArgumentError, RequestTooLargeError if it can never fit, and QueueFullError if as many
         wait as may, of all or of its `client`.
         """
+        self.require_owner()
         if request_id in self._requests:
             raise DuplicateIdError(f"request {request_id!r} is live already")
         token_ids = as_token_ids("prompt", prompt_token_ids)  # A copy: the caller may go on using its own.
@@ -155,6 +172,7 @@ class Engine:
     @uninterrupted
     def abort(self, request_id: str, error: Exception | None = None) -> None:
         """End a request now; what it produced so far is its output. Raises UnknownIdError."""
+        self.require_owner()
         self._end_request(request_id, error)
         self._tell()
 
@@ -185,6 +203,7 @@ class Engine:
 
         Raises what callbacks raised, and the error with which such a file ended; everything is done by then.
         """
+        self.require_owner()
         for request_id in list(self._requests):
             self._end_request(request_id, None)
         self._callbacks.call(self._observers.close)
@@ -199,6 +218,7 @@ class Engine:
     @uninterrupted
     def step(self) -> None:
         """Plan one step, carry it out, and tell what came of it."""
+        self.require_owner()
         start = self.clock()
         plan = self.scheduler.schedule(start, None if self._drafts is None else self._drafts.guess())
         self._observers.on_schedule(plan)

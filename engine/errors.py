@@ -25,4 +25,4 @@ class ModelStepError(PagedKVError, RuntimeError):
 
 
 class EngineClosedError(PagedKVError, RuntimeError):
-    """The engine was closed: it takes no requests any more."""
+    """The engine was closed, or an AsyncLLM has taken it over: it takes no requests any more."""

@@ -233,6 +233,7 @@ class LLM:
         limit = SamplingParams(max_tokens=params.max_tokens)
         token_ids = [self.prepare(prompt, limit)[0] for prompt in batch]
         engine = self.engine
+        engine.require_owner()
         search = BeamSearch(
             engine.model,
             engine.scheduler.manager,
@@ -318,10 +319,12 @@ class LLM:
     def close(self) -> None:
         """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing.
 
-        Raises the error with which writing a timeline or a record ended; the engine is closed all the same.
+        Raises EngineClosedError, with nothing done, while an AsyncLLM has it. Raises the error with which writing a timeline or a record ended; the engine is closed all the same.
         """
-        engine, self._engine = self._engine, None
+        engine = self._engine
         if engine is not None:
+            engine.require_owner()
+            self._engine = None
             engine.close()
 
     def __enter__(self) -> LLM:

@@ -463,3 +463,28 @@ def test_a_request_arrives_before_its_text_is_tokenized(way: str, monkeypatch: p
 
     monkeypatch.setattr(llm, "prepare", take_five_seconds)
     run(main())
+
+
+@pytest.mark.parametrize("use", ["generate", "stream", "beam_search", "step", "close", "another"])
+def test_an_llm_that_was_taken_over_refuses_all_others(llm: LLM, use: str) -> None:
+    def take() -> Any:
+        if use == "another":
+            return AsyncLLM(llm)
+        if use == "step":
+            return llm.engine.step()
+        if use == "close":
+            return llm.close()
+        return next(iter(getattr(llm, use)(PROMPT)))
+
+    async def main() -> tuple[int, ...]:
+        async with AsyncLLM(llm) as engine:
+            pieces = engine.stream(PROMPT, LONG)
+            tokens = (await anext(pieces)).token_ids
+            with pytest.raises(EngineClosedError, match="an AsyncLLM has taken this LLM over"):
+                take()
+            async for piece in pieces:
+                tokens += piece.token_ids
+            return tokens
+
+    assert run(main()) == make_llm().generate(PROMPT, LONG)[0].token_ids
+    llm.close()
