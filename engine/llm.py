@@ -319,7 +319,8 @@ class LLM:
     def close(self) -> None:
         """End every live request and let go of the K/V memory. The model stays. Closing twice does nothing.
 
-        Raises EngineClosedError, with nothing done, while an AsyncLLM has it. Raises the error with which writing a timeline or a record ended; the engine is closed all the same.
+        Raises the error with which writing a timeline or a record ended; the engine is closed all the same. Raises
+        EngineClosedError, with nothing done, while an AsyncLLM has it.
         """
         engine = self._engine
         if engine is not None:

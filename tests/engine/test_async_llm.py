@@ -488,3 +488,35 @@ def test_an_llm_that_was_taken_over_refuses_all_others(llm: LLM, use: str) -> No
 
     assert run(main()) == make_llm().generate(PROMPT, LONG)[0].token_ids
     llm.close()
+
+
+def test_an_engine_that_is_dropped_without_close_ends_and_holds_no_memory(tmp_path: Path) -> None:
+    engine = AsyncLLM(make_llm(timeline=tmp_path / "timeline.json"))
+    run(engine.generate(PROMPT, GREEDY))
+    thread = engine._thread
+    storage = weakref.ref(thread.open_llm().engine.storage)
+
+    with pytest.warns(ResourceWarning, match="dropped without `close`"):
+        del engine
+    thread.join(60)
+
+    assert not thread.is_alive()
+    assert storage() is None
+    assert (tmp_path / "timeline.json").read_text().rstrip().endswith("]")
+
+
+def test_who_goes_away_after_the_engine_thread_died_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> int:
+        engine = AsyncLLM(llm)
+        pieces = [engine.stream(PROMPT, LONG) for _ in range(2)]
+        for each in pieces:
+            await anext(each)
+        monkeypatch.setattr(llm.engine.scheduler, "schedule", None)
+        await until(lambda: engine.is_closed)
+        for each in pieces:
+            await each.aclose()
+        return len(engine._thread._commands)
+
+    assert run(main()) == 0
