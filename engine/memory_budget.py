@@ -41,6 +41,7 @@ class MemoryBudget:
         `kv_memory`: bytes, a text such as "4GiB", or as a float in (0, 1] the share of the total that everything, the
         model included, may take on a GPU, and of the available memory that K/V may take on a CPU.
         """
+        _require_known(device_type)
         left = self.free_bytes - self.step_bytes
         if kv_memory is None:
             kv_memory = DEFAULT_SHARE[device_type]
@@ -79,6 +80,8 @@ def as_bytes(name: str, amount: str | int) -> int:
 
 def can_measure(device: torch.device) -> bool:
     """Whether the system tells what memory the device has: of a CPU, Linux alone does."""
+    if device.type not in DEFAULT_SHARE:
+        return False
     if device.type != "cuda":
         try:
             available_bytes()
@@ -88,7 +91,8 @@ def can_measure(device: torch.device) -> bool:
 
 
 def measure_budget(device: torch.device, largest: LargestStep) -> MemoryBudget:
-    """Look at the device before and during the largest steps that will come."""
+    """Look at the device before and during the largest steps that will come. Raises MemoryBudgetError."""
+    _require_known(device.type)
     if device.type == "cuda":
         # Added up: a captured graph keeps what its pass took, beside what other steps take.
         step_bytes = _cuda_peak_growth(device, largest.run_decodes) + _cuda_peak_growth(device, largest.run)
@@ -104,6 +108,14 @@ def num_blocks_within(spec: KVSpec, num_bytes: int) -> int:
         return spec.num_blocks_for(num_bytes)
     except InvalidArgumentError as error:
         raise MemoryBudgetError(str(error)) from None
+
+
+def _require_known(device_type: str) -> None:
+    if device_type not in DEFAULT_SHARE:
+        known = " and ".join(DEFAULT_SHARE)
+        raise MemoryBudgetError(
+            f"the memory of {device_type} cannot be measured, only that of {known}: give num_blocks or kv_memory in bytes"
+        )
 
 
 def _cuda_peak_growth(device: torch.device, run: Callable[[], None]) -> int:

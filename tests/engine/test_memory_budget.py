@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pagedkv.engine import LLM, NgramDrafter, SamplingParams, building
+from pagedkv.engine import LLM, MemoryBudgetError, NgramDrafter, SamplingParams, building
 from pagedkv.engine.largest_step import LargestStep
-from pagedkv.engine.memory_budget import MemoryBudget, _peak_growth
+from pagedkv.engine.memory_budget import MemoryBudget, _peak_growth, can_measure
 from pagedkv.engine.model import PagedModel
 from pagedkv.storage import KVStorage
 
@@ -112,3 +112,9 @@ def test_the_largest_steps_write_nothing(max_length: int | None) -> None:
     largest.run_decodes()
 
     assert torch.equal(storage._buffers["device"], before)
+
+
+def test_a_device_whose_memory_cannot_be_measured_is_refused_by_name() -> None:
+    assert not can_measure(torch.device("mps"))
+    with pytest.raises(MemoryBudgetError, match="the memory of mps cannot be measured, only that of cpu and cuda"):
+        MemoryBudget(2, 2, 1).granted(None, "mps")
