@@ -207,6 +207,7 @@ class Engine:
         for request_id in list(self._requests):
             self._end_request(request_id, None)
         self._callbacks.call(self._observers.close)
+        self._drafts = None  # The drafter is free for another engine.
         self._tell()
 
     def metrics(self) -> MetricsSnapshot:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import ParamSpec
+from weakref import WeakSet
 
 import numpy as np
 
 from pagedkv.arrays import Int32s, as_token_ids
 from pagedkv.engine.speculation.drafter import Drafter, SampleKey
-from pagedkv.errors import InvalidArgumentError
+from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.scheduler import Scheduler, StepEvents
 
 __all__ = ["RowDrafts"]
 
 P = ParamSpec("P")
+_LIVE: WeakSet[RowDrafts] = WeakSet()
+"""All that somebody holds."""
 
 
 class RowDrafts:
@@ -28,7 +31,7 @@ class RowDrafts:
     drafter did not take the tokens is not guessed for until it is seated anew.
     """
 
-    __slots__ = ("_drafter", "_max_lengths", "_on_error", "_row_keys", "_scheduler", "_vocab_size")
+    __slots__ = ("__weakref__", "_drafter", "_max_lengths", "_on_error", "_row_keys", "_scheduler", "_vocab_size")
 
     def __init__(
         self,
@@ -40,10 +43,14 @@ class RowDrafts:
     ) -> None:
         """`vocab_size` is that of the target's logits; `on_error` hears of each error of the drafter.
 
-        Raises ConfigError if the drafter cannot guess for such a model.
+        Raises ConfigError if the drafter cannot guess for such a model, or guesses for another engine already, whose samples
+        may be called the same.
         """
+        if any(other._drafter is drafter for other in _LIVE):
+            raise ConfigError("this drafter guesses for another engine, which was not closed: give each its own")
         drafter.check_target(vocab_size)
-        self._drafter = drafter
+        _LIVE.add(self)
+        self._drafter: Drafter = drafter
         self._scheduler = scheduler
         self._vocab_size = vocab_size
         self._on_error = on_error

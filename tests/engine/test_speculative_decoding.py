@@ -145,3 +145,14 @@ def test_a_guess_that_is_no_token_ends_no_request_and_is_counted(guess: Any, mon
     assert tokens_of(llm) == plain("llama")
     assert llm.metrics().num_drafter_errors > 0
     assert llm.metrics().num_failed_steps == 0
+
+
+def test_a_drafter_guesses_for_one_llm_at_a_time() -> None:
+    drafter = NgramDrafter()
+    first = LLM(model_of("llama"), num_blocks=16, self_check=False, drafter=drafter)
+
+    with pytest.raises(ConfigError, match="guesses for another engine, which was not closed"):
+        LLM(model_of("llama"), num_blocks=16, self_check=False, drafter=drafter)
+    first.close()
+
+    LLM(model_of("llama"), num_blocks=16, self_check=False, drafter=drafter).close()
