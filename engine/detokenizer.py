@@ -62,24 +62,23 @@ class Detokenizer:
         self._num_settled = len(self._window)
         self._num_emitted = len(self._decode(self._window).rstrip(REPLACEMENT))
 
-    @property
-    def text(self) -> str:
-        """All text so far that is final. O(pieces), once."""
-        self._pieces[:] = ["".join(self._pieces)]
-        return self._pieces[0]
-
     def push(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens, and return the text that has become final through them."""
-        start = len(self._pieces)
         tokens = [int(token_id) for token_id in token_ids if token_id not in self._skipped]
         for token_id in tokens[self._take_many(tokens) :]:
             self._window.append(token_id)
             self._settle()
-        return "".join(self._pieces[start:])
+        return self._taken()
 
     def finish(self) -> str:
         """Return what was held back: the output ends here, perhaps within a character."""
-        return self._emit(self._decode(self._window), num_held=0)
+        self._emit(self._decode(self._window), num_held=0)
+        return self._taken()
+
+    def _taken(self) -> str:
+        """What was emitted since the last time; the text is the caller's to keep."""
+        pieces, self._pieces = self._pieces, []
+        return "".join(pieces)
 
     def _take_many(self, tokens: list[int]) -> int:
         """Take as many of several tokens as end with a whole character, at one go; returns how many, or 0."""
@@ -111,13 +110,12 @@ class Detokenizer:
             self._rebase(self._num_settled, num_held=0)
         self._num_settled = len(self._window)
 
-    def _emit(self, text: str, *, num_held: int) -> str:
+    def _emit(self, text: str, *, num_held: int) -> None:
         end = len(text) - num_held
         piece = text[self._num_emitted : end]
         self._num_emitted = end
         if piece:
             self._pieces.append(piece)
-        return piece
 
     def _rebase(self, start: int, *, num_held: int) -> None:
         """Let the window begin at its token `start`, unless the tokens from there have no text to go on from."""
