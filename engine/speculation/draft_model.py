@@ -48,7 +48,8 @@ class DraftModelDrafter:
         block_size: int = 16,
         max_num_batched_tokens: int = 2048,
     ) -> None:
-        """Take the memory and get ready. The model stays the caller's: between calls it is as it was.
+        """Take the memory and get ready. The model stays the caller's: it is set to evaluation, and between calls it
+        is as it was otherwise.
 
         model:      of the same tokenizer as the target
         num_drafts: guesses at most, each of which costs a step of the model
