@@ -14,7 +14,15 @@ from pagedkv.content import MAX_TOKENS
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.scheduler.request import MAX_SAMPLES, MAX_STOP_TOKENS
 
-__all__ = ["MAX_STOP_CHARACTERS", "MAX_STOP_STRINGS", "MIN_TEMPERATURE", "LogitsProcessor", "SamplingParams"]
+__all__ = [
+    "MAX_STOP_CHARACTERS",
+    "MAX_STOP_STRINGS",
+    "MIN_TEMPERATURE",
+    "LogitsProcessor",
+    "SamplingParams",
+    "as_number",
+    "check_bool",
+]
 
 LogitsProcessor: TypeAlias = Callable[[Int32s, torch.Tensor], torch.Tensor]
 """(known token ids with the prompt (n,) int32, logits (vocab,) float32) -> logits (vocab,)."""
@@ -82,8 +90,7 @@ class SamplingParams:
         self._set("stop", _as_stops(self.stop))
         self._set("stop_token_ids", _as_stop_tokens(self.stop_token_ids))
         for name in ("ignore_eos", "include_stop_in_text"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} must be True or False, found {shown(getattr(self, name))}")
+            check_bool(name, getattr(self, name))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InvalidArgumentError(f"logits_processor must be callable, found {shown(self.logits_processor)}")
 
@@ -101,19 +108,19 @@ class SamplingParams:
             self._set("logprobs", as_int("logprobs", self.logprobs, at_least=0, at_most=MAX_TOKEN_ID))
 
     def _check_numbers(self) -> None:
-        temperature = _as_number("temperature", self.temperature, at_least=0.0, at_most=MAX_TEMPERATURE)
+        temperature = as_number("temperature", self.temperature, at_least=0.0, at_most=MAX_TEMPERATURE)
         if 0 < temperature < MIN_TEMPERATURE:
             raise InvalidArgumentError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, found {temperature}")
         self._set("temperature", temperature)
-        top_p = _as_number("top_p", self.top_p, at_least=0.0, at_most=1.0)
+        top_p = as_number("top_p", self.top_p, at_least=0.0, at_most=1.0)
         if top_p == 0:
             raise InvalidArgumentError("top_p must be above 0; temperature=0 takes the likeliest token")
         self._set("top_p", top_p)
-        self._set("min_p", _as_number("min_p", self.min_p, at_least=0.0, at_most=1.0))
-        repetition = _as_number("repetition_penalty", self.repetition_penalty, at_least=1e-3, at_most=1e3)
+        self._set("min_p", as_number("min_p", self.min_p, at_least=0.0, at_most=1.0))
+        repetition = as_number("repetition_penalty", self.repetition_penalty, at_least=1e-3, at_most=1e3)
         self._set("repetition_penalty", repetition)
         for name in ("presence_penalty", "frequency_penalty"):
-            self._set(name, _as_number(name, getattr(self, name), at_least=-100.0, at_most=100.0))
+            self._set(name, as_number(name, getattr(self, name), at_least=-100.0, at_most=100.0))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -134,7 +141,14 @@ class SamplingParams:
         return self.temperature == 0 and self.min_tokens == 0 and not self.needs_history and self.logprobs is None
 
 
-def _as_number(name: str, value: object, *, at_least: float, at_most: float) -> float:
+def check_bool(name: str, value: object) -> None:
+    """Raise InvalidArgumentError unless it is True or False: "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be True or False, found {shown(value)}")
+
+
+def as_number(name: str, value: object, *, at_least: float, at_most: float) -> float:
+    """Return `value` as a float. Raises InvalidArgumentError unless it is a number in this range; NaN is in none."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise InvalidArgumentError(f"{name} must be a number, found {shown(value)}")
     if not at_least <= value <= at_most:  # Nor is this so of NaN.

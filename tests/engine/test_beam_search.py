@@ -64,6 +64,42 @@ def test_beams_equal_those_of_generate(
     assert llm.engine.scheduler.manager.statistics().num_used == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_a_search_that_never_stops_early_goes_on_while_a_longer_text_may_win(seed: int) -> None:
+    model = make_model("llama", vocab_size=12, seed=seed)
+    params = BeamSearchParams(num_beams=3, max_tokens=20, length_penalty=2.0, early_stopping="never")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)  # Else all tokens are about as likely, and every text is as good as another.
+    llm = LLM(model, num_blocks=200, block_size=4, self_check=False)
+    llm.engine.end_token_ids = (1,)
+
+    found = llm.beam_search([5, 6, 7], params)[0]
+
+    assert [beam.token_ids for beam in found] == expected(model, [5, 6, 7], params, [1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"early_stopping": "always"}, "early_stopping must be True, False or \"never\", found 'always'"),
+        ({"early_stopping": 1}, "early_stopping must be"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False, found 'no'"),
+        ({"length_penalty": True}, "length_penalty must be a number, found True"),
+        ({"length_penalty": float("nan")}, "length_penalty must be in -100..100, found nan"),
+    ],
+    ids=str,
+)
+def test_params_of_another_kind_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        BeamSearchParams(**values)
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    params = BeamSearchParams(num_beams=np.int64(2), max_tokens=np.int32(3), length_penalty=np.float32(0.5))
+
+    assert repr(params) == repr(BeamSearchParams(num_beams=2, max_tokens=3, length_penalty=0.5))
+
+
 def test_prompts_wait_for_blocks_and_find_the_same(model: Any) -> None:
     params = BeamSearchParams(num_beams=3, max_tokens=10)
     ample = LLM(model, num_blocks=200, block_size=4, self_check=False).beam_search(PROMPTS, params)
