@@ -15,6 +15,7 @@ from pagedkv.errors import InvalidArgumentError
 from pagedkv.scheduler.request import MAX_SAMPLES, MAX_STOP_TOKENS
 
 __all__ = [
+    "MAX_SEED",
     "MAX_STOP_CHARACTERS",
     "MAX_STOP_STRINGS",
     "MIN_TEMPERATURE",
