@@ -95,7 +95,7 @@ def as_conversations(conversations: Sequence[Message] | Sequence[Sequence[Messag
 def as_messages(messages: Sequence[Message]) -> list[Message]:
     """The messages of one conversation. Raises InvalidArgumentError unless there are some, and all are mappings."""
     is_several = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping)
-    listed = list(messages) if is_several else [messages]
+    listed: list[Any] = list(messages) if is_several else [messages]
     if not is_several or not listed or not all(isinstance(message, Mapping) for message in listed):
         found = ", ".join(sorted({type(message).__name__ for message in listed})) or "none"
         raise InvalidArgumentError(f'a conversation is messages {{"role": ..., "content": ...}}, found {found}')

@@ -41,7 +41,8 @@ class SamplingParams:
     """How to choose tokens. The distributions are those of transformers' `generate`, filter by filter.
 
     max_tokens:           output tokens at most, 0..2^26
-    min_tokens:           output tokens before any end or stop token may be chosen, 0..max_tokens
+    min_tokens:           output tokens before any end or stop token may be chosen, 0..max_tokens; a stop string counts
+                          if it is complete with that many or more
     temperature:          0 takes the likeliest token; else 1e-5..1e5
     top_k:                choose among the k likeliest tokens (and those tied with the last of them); None: among all
     top_p:                choose among the likeliest tokens that together hold this probability, 0 < top_p <= 1
