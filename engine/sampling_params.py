@@ -59,8 +59,8 @@ class SamplingParams:
     include_stop_in_text: the stop string stays in the text
     logprobs:             how many alternatives to report with the log-probability of each token; None: none, nor its
     own
-    logits_processor:     changes one sample's logits after penalties, before the temperature: (known token ids with the
-                          prompt (n,) int32, logits (vocab,) float32) -> logits (vocab,)
+    logits_processor:     changes one sample's logits after penalties, before the temperature, but not what min_tokens
+                          forbids: (known token ids with the prompt (n,) int32, logits (vocab,) float32) -> logits (vocab,)
 
     Raises InvalidArgumentError for a value outside its range, and for min_tokens above max_tokens.
 

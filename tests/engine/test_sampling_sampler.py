@@ -205,6 +205,22 @@ def test_a_sample_cannot_end_before_its_least_number_of_tokens(temperature: floa
     assert [second for _, second in chosen] == [1, 1, 1, 1]
 
 
+def test_a_processor_cannot_end_a_sample_before_its_least_number_of_tokens() -> None:
+    def likes_ends(known, logits):
+        assert logits.isinf().any() == (len(known) < 3)  # It sees what is forbidden.
+        return torch.tensor([0.0, 90.0, 1.0, 80.0])
+
+    params = SamplingParams(temperature=0, min_tokens=2, max_tokens=9, logits_processor=likes_ends)
+    sampler = sampler_with(params, GREEDY, ends=(1, 3))
+    chosen = []
+    for position in range(3):
+        tokens = tokens_of(sampler, torch.ones(2, 4), [0, 1], position)
+        sampler.accept(np.array([0, 1]), np.array(tokens, np.int32))
+        chosen.append(tokens[0])
+
+    assert chosen == [2, 2, 1]
+
+
 def test_a_least_number_of_tokens_without_end_tokens_changes_nothing() -> None:
     assert tokens_of(sampler_with(SamplingParams(temperature=0, min_tokens=3)), [[0.0, 1.0, 0.0, 0.0]], [0]) == [1]
 
