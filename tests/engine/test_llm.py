@@ -16,6 +16,7 @@ from tokenizers_for_tests import make_tokenizer
 from pagedkv import ConfigError, InvalidArgumentError
 from pagedkv.engine import (
     LLM,
+    ContextLengthError,
     EngineClosedError,
     MemoryBudgetError,
     SamplingParams,
@@ -206,6 +207,11 @@ def test_bad_requests_are_refused_before_anything_runs(model: Any, prompt: Any, 
         llm.generate(prompt, params)
 
     assert not llm.engine.has_work
+
+
+def test_a_prompt_beyond_the_models_positions_has_an_error_of_its_own(model: Any) -> None:
+    with pytest.raises(ContextLengthError, match="a prompt of 513 tokens exceeds the model's 512 positions"):
+        make_llm(model).check([1] * 513, SamplingParams(max_tokens=0))
 
 
 NEVER_FITS = [
