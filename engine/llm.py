@@ -37,8 +37,8 @@ class LLM:
     >>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))[0].text  # doctest: +SKIP
     ' Paris.'
 
-    The model stays the user's: between calls it is as it was, and its weights are never copied. Not for several threads:
-    AsyncLLM is.
+    The model stays the user's: between calls it is as it was, but in evaluation mode (`model.eval()`), and its weights are
+    never copied. Not for several threads: AsyncLLM is.
     """
 
     def __init__(

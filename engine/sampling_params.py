@@ -137,11 +137,6 @@ class SamplingParams:
         """Whether a token depends on the token ids before it, other than through the model."""
         return self.has_penalties or self.logits_processor is not None
 
-    @property
-    def is_argmax_only(self) -> bool:
-        """Whether the likeliest token of the model's own logits is all that is ever needed."""
-        return self.temperature == 0 and self.min_tokens == 0 and not self.needs_history and self.logprobs is None
-
 
 def check_bool(name: str, value: object) -> None:
     """Raise InvalidArgumentError unless it is True or False: "no" would count as True."""

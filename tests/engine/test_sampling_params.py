@@ -118,21 +118,20 @@ def test_they_compare_by_value_and_do_not_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "is_argmax_only", "needs_history"),
+    ("values", "needs_history"),
     [
-        ({}, True, False),
-        ({"temperature": 1.0}, False, False),
-        ({"min_tokens": 1}, False, False),
-        ({"logprobs": 0}, False, False),
-        ({"repetition_penalty": 1.1}, False, True),
-        ({"presence_penalty": -1}, False, True),
-        ({"frequency_penalty": 1}, False, True),
-        ({"logits_processor": lambda known, logits: logits}, False, True),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3, "stop": "x", "n": 2}, True, False),
+        ({}, False),
+        ({"temperature": 1.0}, False),
+        ({"min_tokens": 1}, False),
+        ({"logprobs": 0}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -1}, True),
+        ({"frequency_penalty": 1}, True),
+        ({"logits_processor": lambda known, logits: logits}, True),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3, "stop": "x", "n": 2}, False),
     ],
 )
-def test_what_a_sample_needs(values: dict[str, Any], is_argmax_only: bool, needs_history: bool) -> None:
+def test_penalties_and_processors_need_the_tokens_before(values: dict[str, Any], needs_history: bool) -> None:
     params = SamplingParams(**({"temperature": 0} | values))
 
-    assert params.is_argmax_only is is_argmax_only
     assert params.needs_history is needs_history
