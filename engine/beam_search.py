@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.arrays import MAX_TOKENS, Int32s, cdiv, keep_int, shown
+from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.model import PagedModel
 from pagedkv.engine.sampling_params import as_number, check_bool
 from pagedkv.engine.step_inputs import StepInputs
@@ -67,8 +68,9 @@ class Beam(NamedTuple):
 class _Search:
     """The beams of one prompt: running ones with their sequences, and those that ended."""
 
-    def __init__(self, prompt: Int32s, params: BeamSearchParams, idx: int) -> None:
+    def __init__(self, prompt: Int32s, params: BeamSearchParams, idx: int, salt: bytes) -> None:
         self.prompt = prompt
+        self.salt = salt
         self.params = params
         self.idx = idx
         self.running: list[tuple[tuple[int, int], tuple[int, ...], float]] = []
@@ -141,16 +143,17 @@ class BeamSearch:
         self._storage = storage
         self._budget = max_num_batched_tokens
 
+    @uninterrupted
     def run(
-        self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int]
+        self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int], *, salt: bytes = b""
     ) -> list[list[Beam]]:
-        """For each prompt its `num_beams` best texts, the best first.
+        """For each prompt its `num_beams` best texts, the best first. Prompts of different salt share no cached blocks.
 
         Raises InvalidArgumentError if one can never fit, OutOfBlocksError if one does not fit beside the requests that run.
         Whatever is raised, every block is let go of, and nothing that was not computed stays in the prefix cache.
         """
         ends = frozenset() if params.ignore_eos else frozenset(end_token_ids)
-        searches = [_Search(prompt, params, idx) for idx, prompt in enumerate(prompts)]
+        searches = [_Search(prompt, params, idx, salt) for idx, prompt in enumerate(prompts)]
         for search in searches:
             self._require_fit(search)
         waiting = searches[::-1]
@@ -192,7 +195,7 @@ class BeamSearch:
     def _begin(self, search: _Search, ends: frozenset[int]) -> None:
         """Compute the prompt, in chunks, and let its likeliest continuations be the first beams."""
         first = search.new_id()
-        start = self._manager.open(first, search.prompt)
+        start = self._manager.open(first, search.prompt, salt=search.salt)
         search.open_ids.add(first)
         search.running = [(first, (), 0.0)]
         logits = None
@@ -244,7 +247,9 @@ class BeamSearch:
     def _compute(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> Tensor:
         """Compute the next known tokens of each sequence; returns the logits of the last of each, (sequences, vocab)."""
         with self._manager.step():
-            return self._model.forward(self._append(sequence_ids, tokens))
+            inputs = self._append(sequence_ids, tokens)
+            with interruptible():
+                return self._model.forward(inputs)
 
     def _append(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> StepInputs:
         """Give the tokens their slots, and carry out the copies on write."""

@@ -219,13 +219,20 @@ class LLM:
             raise ended[0].error
 
     def beam_search(
-        self, prompts: TextOrTokens | Sequence[TextOrTokens], params: BeamSearchParams | None = None
+        self,
+        prompts: TextOrTokens | Sequence[TextOrTokens],
+        params: BeamSearchParams | None = None,
+        *,
+        salt: bytes = b"",
     ) -> list[list[BeamOutput]]:
         """For each prompt its `num_beams` likeliest texts, the best first, as `generate(num_beams=...)` finds them.
 
-        Beams share blocks through forks and copy-on-write. Runs by itself, not among the requests of `generate`.
+        Beams share blocks through forks and copy-on-write. Runs by itself, not among the requests of `generate`: it is in no
+        metrics, timeline or record. Prompts of different `salt` share no cached blocks.
         """
         params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidArgumentError(f"params must be BeamSearchParams, found {shown(params)}")
         batch = as_prompts(prompts)
         limit = SamplingParams(max_tokens=params.max_tokens)
         token_ids = [self.prepare(prompt, limit)[0] for prompt in batch]
@@ -236,7 +243,7 @@ class LLM:
             engine.storage,
             max_num_batched_tokens=engine.scheduler.config.max_num_batched_tokens,
         )
-        found = search.run(token_ids, params, engine.end_token_ids)
+        found = search.run(token_ids, params, engine.end_token_ids, salt=salt)
         return [
             [BeamOutput(beam.token_ids, self._decode(prompt, beam.token_ids), beam.score) for beam in beams]
             for prompt, beams in zip(token_ids, found, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,44 @@ def test_a_search_that_fails_leaves_no_block_and_nothing_that_was_not_computed(
     output = llm.generate([[*prompt, *right[:4]]], SamplingParams(temperature=0, max_tokens=4))[0]
     assert (output.token_ids, output.timings.num_cached_tokens) == (right[4:], num_cached)
     assert llm.beam_search(prompt, params)[0][0].token_ids == right
+
+
+@pytest.fixture
+def pythons_own_handler() -> Iterator[None]:
+    """Python's handler of SIGINT, which a test run in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_handler")
+def test_ctrl_c_between_two_lines_of_a_search_leaves_no_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    params, manager = BeamSearchParams(num_beams=3, max_tokens=8), llm.engine.scheduler.manager
+    fork = manager.fork
+
+    def fork_and_interrupt(*ids: Any) -> None:
+        fork(*ids)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(manager), "fork", lambda _, *ids: fork_and_interrupt(*ids))
+        with pytest.raises(KeyboardInterrupt):
+            llm.beam_search(PROMPTS[2], params)
+
+    assert manager.statistics().num_used == 0
+    assert len(llm.beam_search(PROMPTS[2], params)[0]) == 3
+
+
+def test_a_search_shares_blocks_with_prompts_of_its_salt_only(model: Any) -> None:
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    llm.beam_search(PROMPTS[2], BeamSearchParams(num_beams=2, max_tokens=2), salt=b"tenant")
+
+    one = SamplingParams(max_tokens=1)
+    others = llm.generate(PROMPTS[2], one)[0].timings.num_cached_tokens
+    own = llm.generate(PROMPTS[2], one, salt=b"tenant")[0].timings.num_cached_tokens
+
+    assert (others, own) == (0, 20)
 
 
 def test_a_search_that_does_not_fit_beside_what_runs_says_so_and_fits_later(model: Any) -> None:

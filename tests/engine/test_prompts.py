@@ -123,6 +123,8 @@ def test_what_is_no_params_is_refused(llm: LLM, params: Any) -> None:
         llm.generate("a", params)
     with pytest.raises(InvalidArgumentError, match="params must be SamplingParams"):
         llm.stream("a", params)
+    with pytest.raises(InvalidArgumentError, match="params must be BeamSearchParams"):
+        llm.beam_search("a", params)
 
 
 def test_a_conversation_or_several_are_taken() -> None:
