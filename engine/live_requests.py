@@ -105,7 +105,8 @@ class LiveSample:
         try:
             if self._detokenizer is None:
                 context = self.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:].tolist()
-                self._detokenizer = Detokenizer(self._tokenizer, context)
+                skip = self.params.skip_special_tokens
+                self._detokenizer = Detokenizer(self._tokenizer, context, skip_special_tokens=skip)
             return self._detokenizer.finish() if token_ids is None else self._detokenizer.push(token_ids)
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything; it must not take other requests along
             self._tokenizer, self.error = None, error

@@ -57,6 +57,7 @@ class SamplingParams:
     stop_token_ids:       up to 1024 tokens that end the sample, as the model's own end tokens do
     ignore_eos:           the model's own end tokens do not end the sample
     include_stop_in_text: the stop string stays in the text
+    skip_special_tokens:  special tokens have no text; False for those who parse them, such as calls of tools
     logprobs:             how many alternatives to report with the log-probability of each token; None: none, nor its
     own
     logits_processor:     changes one sample's logits after penalties, before the temperature, but not what min_tokens
@@ -83,6 +84,7 @@ class SamplingParams:
     stop_token_ids: Iterable[int] = ()
     ignore_eos: bool = False
     include_stop_in_text: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     logits_processor: LogitsProcessor | None = None
 
@@ -91,7 +93,7 @@ class SamplingParams:
         self._check_numbers()
         self._set("stop", _as_stops(self.stop))
         self._set("stop_token_ids", _as_stop_tokens(self.stop_token_ids))
-        for name in ("ignore_eos", "include_stop_in_text"):
+        for name in ("ignore_eos", "include_stop_in_text", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InvalidArgumentError(f"logits_processor must be callable, found {shown(self.logits_processor)}")

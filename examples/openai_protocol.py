@@ -14,6 +14,7 @@ from pagedkv.errors import InvalidArgumentError
 
 SAMPLING = {"max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty"}
 SAMPLING |= {"top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos"}  # beyond OpenAI's
+SAMPLING |= {"skip_special_tokens"}
 KNOWN = SAMPLING | {"model", "stream", "stream_options", "logprobs"}
 KNOWN |= {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 OF_COMPLETIONS, OF_CHATS = {"prompt"}, {"messages", "max_completion_tokens", "top_logprobs"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers_for_tests import make_tokenizer
 
 from pagedkv.engine import Completion, SamplingParams
 from pagedkv.engine.live_requests import LiveRequest, LiveSample
@@ -21,7 +22,7 @@ class Letters:
         return "".join(chr(token_id) if token_id else "\ufffd" for token_id in token_ids)
 
 
-def make_sample(params: SamplingParams) -> LiveSample:
+def make_sample(params: SamplingParams, tokenizer: Any = None) -> LiveSample:
     request = LiveRequest(
         "a",
         np.array([65], np.int32),
@@ -33,7 +34,7 @@ def make_sample(params: SamplingParams) -> LiveSample:
         on_piece=None,
         on_finish=lambda _: None,
     )
-    return LiveSample(request, 0, Letters(), frozenset())
+    return LiveSample(request, 0, tokenizer or Letters(), frozenset())
 
 
 def complete(text: str, params: SamplingParams) -> Completion:
@@ -70,3 +71,13 @@ def test_a_stop_in_text_that_only_the_end_makes_final_is_told() -> None:
     completion = complete("x\ufffd", SamplingParams(stop="\ufffd"))
 
     assert (completion.text, completion.finish_reason, completion.stop) == ("x", "stop", "\ufffd")
+
+
+@pytest.mark.parametrize(("skip", "text"), [(True, "xy"), (False, "x<|user|>y")])
+def test_special_tokens_are_in_the_text_if_they_are_asked_for(skip: bool, text: str) -> None:
+    tokenizer = make_tokenizer()
+    params = SamplingParams(skip_special_tokens=skip)
+    sample = make_sample(params, tokenizer)
+    token_ids = tokenizer("x<|user|>y")["input_ids"]
+
+    assert sample.finish(np.array(token_ids, np.int32), "length").text == text
