@@ -34,6 +34,11 @@ class RequestLimits:
             raise InvalidArgumentError(
                 f"logprobs {params.logprobs} exceeds the vocabulary of {self._vocab_size} tokens"
             )
+        named = (*(params.allowed_token_ids or ()), *dict(params.logit_bias))
+        if named and max(named) >= self._vocab_size:
+            raise InvalidArgumentError(
+                f"the model has tokens 0..{self._vocab_size - 1}, logit_bias or allowed_token_ids hold {max(named)}"
+            )
 
     def check_priority(self, priority: float) -> None:
         """Whether anybody looks at it. A policy that is not ours may."""

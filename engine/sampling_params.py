@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,6 +30,8 @@ LogitsProcessor: TypeAlias = Callable[[Int32s, torch.Tensor], torch.Tensor]
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_BIASED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 2**22
 MAX_SEED = 2**64 - 1
 MIN_TEMPERATURE = 1e-5
 """Below this, logits divided by the temperature leave the range of float32 or lose their order; 0 is exact instead."""
@@ -47,6 +49,8 @@ class SamplingParams:
     top_k:                choose among the k likeliest tokens (and those tied with the last of them); None: among all
     top_p:                choose among the likeliest tokens that together hold this probability, 0 < top_p <= 1
     min_p:                choose among tokens at least this fraction as likely as the likeliest, 0..1
+    logit_bias:           {token: number in -100..100}, added to the logits of up to 1024 tokens, before any penalty
+    allowed_token_ids:    choose among these tokens only; None: among all
     repetition_penalty:   logits of tokens in prompt or output are divided by it if positive, else multiplied; 1e-3..1e3
     presence_penalty:     taken off the logits of tokens in the output, -100..100
     frequency_penalty:    taken off the logits for each time that the token is in the output, -100..100
@@ -75,6 +79,8 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    allowed_token_ids: Iterable[int] | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -92,7 +98,13 @@ class SamplingParams:
         self._check_counts()
         self._check_numbers()
         self._set("stop", _as_stops(self.stop))
-        self._set("stop_token_ids", _as_stop_tokens(self.stop_token_ids))
+        self._set("stop_token_ids", _as_tokens("stop_token_ids", self.stop_token_ids, at_most=MAX_STOP_TOKENS))
+        self._set("logit_bias", _as_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = _as_tokens("allowed_token_ids", self.allowed_token_ids, at_most=MAX_ALLOWED_TOKENS)
+            if not allowed:
+                raise InvalidArgumentError("allowed_token_ids must hold at least one token; None allows all")
+            self._set("allowed_token_ids", allowed)
         for name in ("ignore_eos", "include_stop_in_text", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
         if self.logits_processor is not None and not callable(self.logits_processor):
@@ -135,6 +147,11 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def has_bias(self) -> bool:
+        """Whether single tokens are made likelier, less likely or impossible."""
+        return self.logit_bias != () or self.allowed_token_ids is not None
+
+    @property
     def needs_history(self) -> bool:
         """Whether a token depends on the token ids before it, other than through the model."""
         return self.has_penalties or self.logits_processor is not None
@@ -170,13 +187,23 @@ def _as_stops(stop: str | Iterable[str]) -> tuple[str, ...]:
     return stops
 
 
-def _as_stop_tokens(stop_token_ids: Iterable[int]) -> tuple[int, ...]:
-    if isinstance(stop_token_ids, str | bytes):  # Bytes would pass as whole numbers.
-        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {shown(stop_token_ids)}")
+def _as_tokens(name: str, values: Iterable[int], *, at_most: int) -> tuple[int, ...]:
+    if isinstance(values, str | bytes):  # Bytes would pass as whole numbers.
+        raise InvalidArgumentError(f"{name} must be whole numbers, found {shown(values)}")
     try:
-        token_ids = tuple(stop_token_ids)
+        token_ids = tuple(values)
     except TypeError:
-        raise InvalidArgumentError(f"stop_token_ids must be whole numbers, found {shown(stop_token_ids)}") from None
-    if len(token_ids) > MAX_STOP_TOKENS:
-        raise InvalidArgumentError(f"at most {MAX_STOP_TOKENS} stop tokens, found {len(token_ids)}")
-    return tuple(as_int("stop_token_ids", token_id, at_least=0, at_most=MAX_TOKEN_ID) for token_id in token_ids)
+        raise InvalidArgumentError(f"{name} must be whole numbers, found {shown(values)}") from None
+    if len(token_ids) > at_most:
+        raise InvalidArgumentError(f"at most {at_most} {name}, found {len(token_ids)}")
+    return tuple(as_int(name, token_id, at_least=0, at_most=MAX_TOKEN_ID) for token_id in token_ids)
+
+
+def _as_bias(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    try:
+        numbers = dict(bias)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(f"logit_bias must be numbers by token, found {shown(bias)}") from None
+    token_ids = _as_tokens("logit_bias", numbers, at_most=MAX_BIASED_TOKENS)
+    values = (as_number("logit_bias", value, at_least=-100.0, at_most=100.0) for value in numbers.values())
+    return tuple(zip(token_ids, values, strict=True))

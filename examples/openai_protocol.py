@@ -14,7 +14,7 @@ from pagedkv.errors import InvalidArgumentError
 
 SAMPLING = {"max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty"}
 SAMPLING |= {"top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos"}  # beyond OpenAI's
-SAMPLING |= {"skip_special_tokens"}
+SAMPLING |= {"skip_special_tokens", "allowed_token_ids", "logit_bias"}  # The last is OpenAI's.
 KNOWN = SAMPLING | {"model", "stream", "stream_options", "logprobs"}
 KNOWN |= {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 OF_COMPLETIONS, OF_CHATS = {"prompt"}, {"messages", "max_completion_tokens", "top_logprobs"}
@@ -109,6 +109,8 @@ def params_of(body: Json, prompts: Sequence[Sized], max_length: int | None, *, i
     if isinstance(num_logprobs, int) and num_logprobs > MAX_LOGPROBS:
         raise InvalidArgumentError(f"at most {MAX_LOGPROBS} alternatives to a token, found {num_logprobs}")
     given = {name: body[name] for name in SAMPLING & body.keys()}
+    if "logit_bias" in given:
+        given["logit_bias"] = _bias_of(given["logit_bias"])
     if not is_chat:
         return SamplingParams(**{"max_tokens": 16, "logprobs": body.get("logprobs")} | given)
     has_logprobs = body.get("logprobs", False)
@@ -117,6 +119,14 @@ def params_of(body: Json, prompts: Sequence[Sized], max_length: int | None, *, i
     num_free = MAX_ANSWER if max_length is None else max(1, max_length - max(map(len, prompts)))
     given["max_tokens"] = body.get("max_completion_tokens", body.get("max_tokens", min(num_free, MAX_ANSWER)))
     return SamplingParams(**given, logprobs=num_logprobs if has_logprobs else None)
+
+
+def _bias_of(bias: Any) -> dict[int, Any]:
+    """JSON has texts for keys."""
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except (AttributeError, ValueError):
+        raise InvalidArgumentError(f"logit_bias must be numbers by token id, found {bias!r:.80}") from None
 
 
 class Choice:

@@ -58,6 +58,7 @@ class Stages:
         logits = step_logits.index_select(0, torch.from_numpy(self._indices).to(step_logits.device)).float()
         reported = np.flatnonzero(self._needs & Need.LOGPROBS)
         own_logits = _select(logits, reported) if len(reported) else None
+        self._bias(logits)
         self._penalise(logits)
         is_too_short = self._needs & Need.MIN_TOKENS != 0
         self._forbid_ends(logits, np.flatnonzero(is_too_short))
@@ -67,6 +68,10 @@ class Stages:
         tokens = self._choose(logits)
         logprobs = {} if own_logits is None else self._report(own_logits, reported, tokens)
         return Outcome(tokens, logprobs, self._errors)
+
+    def _bias(self, logits: torch.Tensor) -> None:
+        for place in np.flatnonzero(self._needs & Need.BIAS).tolist():
+            self._params.biases[int(self._rows[place])].apply(logits[place])
 
     def _penalise(self, logits: torch.Tensor) -> None:
         places = np.flatnonzero(self._needs & Need.PENALTIES)

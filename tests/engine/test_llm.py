@@ -197,6 +197,8 @@ def test_two_streams_and_a_batch_run_in_the_same_steps(model: Any) -> None:
         ([1, -2], GREEDY, "prompt"),
         ("text", GREEDY, "needs a tokenizer"),
         ([1, 2], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        ([1, 2], SamplingParams(logit_bias={160: 1}), "tokens 0..159, logit_bias or allowed_token_ids hold 160"),
+        ([1, 2], SamplingParams(allowed_token_ids=[3, 161]), "allowed_token_ids hold 161"),
         ([1] * 500, SamplingParams(max_tokens=13), "exceed the model's 512 positions"),
     ],
 )

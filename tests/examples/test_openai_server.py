@@ -265,7 +265,8 @@ def test_the_second_turn_of_a_chat_reports_cached_tokens(client: openai.OpenAI) 
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_tokens": 100_000}, "positions"),
         ({"max_tokens": 5000}, "can never run"),
-        ({"logit_bias": {"5": 10}}, "logit_bias"),
+        ({"logit_bias": {"five": 10}}, "logit_bias must be numbers by token id"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias must be in"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"stream": "no"}, "stream must be true or false"),
@@ -327,6 +328,13 @@ def test_an_answer_that_called_a_tool_needs_no_content(client: openai.OpenAI) ->
     said = [*MESSAGES, {"role": "assistant", "content": ""}]
     same = client.chat.completions.create(model="tiny", messages=said, **GREEDY)
     assert answer.choices[0].message.content == same.choices[0].message.content
+
+
+def test_a_bias_by_token_id_is_taken(client: openai.OpenAI) -> None:
+    token_id = byte_tokenizer()("q")["input_ids"][0]
+
+    assert complete(client, "Hello", logit_bias={str(token_id): 100}).choices[0].text == "q" * 12
+    assert chat(client, extra_body={"allowed_token_ids": [token_id]}).choices[0].message.content == "q" * 12
 
 
 def test_defaults_of_what_is_not_known_pass(client: openai.OpenAI) -> None:
