@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from pagedkv.engine.async_llm import AsyncLLM
     from pagedkv.engine.beam_search import BeamSearchParams
     from pagedkv.engine.core import Engine
-    from pagedkv.engine.errors import EngineClosedError, MemoryBudgetError, ModelStepError, UnsupportedModelError
+    from pagedkv.engine.errors import (
+        ContextLengthError,
+        EngineClosedError,
+        MemoryBudgetError,
+        ModelStepError,
+        UnsupportedModelError,
+    )
     from pagedkv.engine.llm import LLM
     from pagedkv.engine.outputs import BeamOutput, Completion, Piece, RequestOutput, RequestTimings
     from pagedkv.engine.sampling_params import SamplingParams
@@ -29,6 +35,7 @@ __all__ = [
     "NgramDrafter",
     "DraftModelDrafter",
     "Engine",
+    "ContextLengthError",
     "EngineClosedError",
     "MemoryBudgetError",
     "ModelStepError",
@@ -48,6 +55,7 @@ _MODULES = {
     "NgramDrafter": "speculation",
     "DraftModelDrafter": "speculation",
     "Engine": "core",
+    "ContextLengthError": "errors",
     "EngineClosedError": "errors",
     "MemoryBudgetError": "errors",
     "ModelStepError": "errors",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.arrays import MAX_TOKENS, Int32s, as_int, cdiv
+from pagedkv.arrays import MAX_TOKENS, Int32s, cdiv, keep_int, shown
 from pagedkv.engine.interrupts import interruptible, uninterrupted
 from pagedkv.engine.model import PagedModel
+from pagedkv.engine.sampling_params import as_number, check_bool
 from pagedkv.engine.step_inputs import StepInputs
 from pagedkv.errors import InvalidArgumentError, OutOfBlocksError
 from pagedkv.manager import KVCacheManager
@@ -31,21 +32,26 @@ class BeamSearchParams:
     num_beams:      texts that are followed at a time, 1..256
     max_tokens:     new tokens at most, 1..2^26
     length_penalty: a text's score is its log-probability / its new tokens ** this
-    early_stopping: end once `num_beams` texts have ended; otherwise, once no running one can be expected to beat them
+    early_stopping: True: end once `num_beams` texts have ended. False: once the best running one would not beat them if
+                    it ended now. "never": once it could not beat them at any length
     ignore_eos:     the model's end tokens do not end a text
     """
 
     num_beams: int = 4
     max_tokens: int = 128
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        as_int("num_beams", self.num_beams, at_least=1, at_most=MAX_BEAMS)
-        as_int("max_tokens", self.max_tokens, at_least=1, at_most=MAX_TOKENS)
-        if not isinstance(self.length_penalty, int | float) or not abs(self.length_penalty) <= 100:
-            raise InvalidArgumentError(f"length_penalty must be a number in -100..100, found {self.length_penalty!r}")
+        keep_int(self, "num_beams", at_least=1, at_most=MAX_BEAMS)
+        keep_int(self, "max_tokens", at_least=1, at_most=MAX_TOKENS)
+        length_penalty = as_number("length_penalty", self.length_penalty, at_least=-100.0, at_most=100.0)
+        object.__setattr__(self, "length_penalty", length_penalty)
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            found = shown(self.early_stopping)
+            raise InvalidArgumentError(f'early_stopping must be True, False or "never", found {found}')
+        check_bool("ignore_eos", self.ignore_eos)
 
 
 class Beam(NamedTuple):
@@ -62,8 +68,9 @@ class Beam(NamedTuple):
 class _Search:
     """The beams of one prompt: running ones with their sequences, and those that ended."""
 
-    def __init__(self, prompt: Int32s, params: BeamSearchParams, idx: int) -> None:
+    def __init__(self, prompt: Int32s, params: BeamSearchParams, idx: int, salt: bytes) -> None:
         self.prompt = prompt
+        self.salt = salt
         self.params = params
         self.idx = idx
         self.running: list[tuple[tuple[int, int], tuple[int, ...], float]] = []
@@ -90,8 +97,13 @@ class _Search:
             return True
         if len(self.ended) < params.num_beams:
             return False
-        best = self.running[0][2] / self.num_new**params.length_penalty
-        return params.early_stopping or bool(best <= min(beam.score for beam in self.ended))
+        if params.early_stopping is True:
+            return True
+        # A positive penalty favours long texts: then the longest one is the best that a running one can become.
+        can_gain = params.early_stopping == "never" and params.length_penalty > 0
+        best_length = params.max_tokens if can_gain else self.num_new
+        best = self.running[0][2] / best_length**params.length_penalty
+        return bool(best <= min(beam.score for beam in self.ended))
 
     def advance(self, log_probs: Tensor, ends: frozenset[int]) -> list[tuple[int, int, float]]:
         """Choose from (beams, vocab) log-probabilities how beams go on: (parent, token, log-probability) of each that does.
@@ -133,15 +145,15 @@ class BeamSearch:
 
     @uninterrupted
     def run(
-        self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int]
+        self, prompts: Sequence[Int32s], params: BeamSearchParams, end_token_ids: Iterable[int], *, salt: bytes = b""
     ) -> list[list[Beam]]:
-        """For each prompt its `num_beams` best texts, the best first.
+        """For each prompt its `num_beams` best texts, the best first. Prompts of different salt share no cached blocks.
 
         Raises InvalidArgumentError if one can never fit, OutOfBlocksError if one does not fit beside the requests that run.
         Whatever is raised, every block is let go of, and nothing that was not computed stays in the prefix cache.
         """
         ends = frozenset() if params.ignore_eos else frozenset(end_token_ids)
-        searches = [_Search(prompt, params, idx) for idx, prompt in enumerate(prompts)]
+        searches = [_Search(prompt, params, idx, salt) for idx, prompt in enumerate(prompts)]
         for search in searches:
             self._require_fit(search)
         waiting = searches[::-1]
@@ -183,7 +195,7 @@ class BeamSearch:
     def _begin(self, search: _Search, ends: frozenset[int]) -> None:
         """Compute the prompt, in chunks, and let its likeliest continuations be the first beams."""
         first = search.new_id()
-        start = self._manager.open(first, search.prompt)
+        start = self._manager.open(first, search.prompt, salt=search.salt)
         search.open_ids.add(first)
         search.running = [(first, (), 0.0)]
         logits = None
@@ -235,9 +247,9 @@ class BeamSearch:
     def _compute(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> Tensor:
         """Compute the next known tokens of each sequence; returns the logits of the last of each, (sequences, vocab)."""
         with self._manager.step():
-            step = self._append(sequence_ids, tokens)
+            inputs = self._append(sequence_ids, tokens)
             with interruptible():
-                return self._model.forward(step)
+                return self._model.forward(inputs)
 
     def _append(self, sequence_ids: list[tuple[int, int]], tokens: list[Int32s]) -> StepInputs:
         """Give the tokens their slots, and carry out the copies on write."""

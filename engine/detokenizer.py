@@ -46,7 +46,7 @@ class Detokenizer:
     A token costs one `decode` of at most some 16 tokens, however long the text.
     """
 
-    __slots__ = ("_num_emitted", "_num_settled", "_options", "_pieces", "_skipped", "_tokenizer", "_window")
+    __slots__ = ("_new", "_num_emitted", "_num_settled", "_options", "_skipped", "_tokenizer", "_window")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
@@ -55,7 +55,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         self._skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
-        self._pieces: list[str] = []
+        self._new: list[str] = []
+        """Text that has become final since the last piece."""
         self._window = self._context(prompt_token_ids)
         # Tokens of the window, from its start, that ended a character; and characters of its text that were passed on.
         # A character that the prompt leaves unfinished is passed on whole.
@@ -68,17 +69,17 @@ class Detokenizer:
         for token_id in tokens[self._take_many(tokens) :]:
             self._window.append(token_id)
             self._settle()
-        return self._taken()
+        return self._take_piece()
 
     def finish(self) -> str:
         """Return what was held back: the output ends here, perhaps within a character."""
         self._emit(self._decode(self._window), num_held=0)
-        return self._taken()
+        return self._take_piece()
 
-    def _taken(self) -> str:
-        """What was emitted since the last time; the text is the caller's to keep."""
-        pieces, self._pieces = self._pieces, []
-        return "".join(pieces)
+    def _take_piece(self) -> str:
+        piece = "".join(self._new)
+        self._new.clear()
+        return piece
 
     def _take_many(self, tokens: list[int]) -> int:
         """Take as many of several tokens as end with a whole character, at one go; returns how many, or 0."""
@@ -112,10 +113,8 @@ class Detokenizer:
 
     def _emit(self, text: str, *, num_held: int) -> None:
         end = len(text) - num_held
-        piece = text[self._num_emitted : end]
+        self._new.append(text[self._num_emitted : end])
         self._num_emitted = end
-        if piece:
-            self._pieces.append(piece)
 
     def _rebase(self, start: int, *, num_held: int) -> None:
         """Let the window begin at its token `start`, unless the tokens from there have no text to go on from."""

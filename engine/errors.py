@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pagedkv.errors import ConfigError, InvalidArgumentError, PagedKVError
 
-__all__ = ["EngineClosedError", "MemoryBudgetError", "ModelStepError", "UnsupportedModelError"]
+__all__ = ["ContextLengthError", "EngineClosedError", "MemoryBudgetError", "ModelStepError", "UnsupportedModelError"]
 
 
 class UnsupportedModelError(InvalidArgumentError):
@@ -14,6 +14,10 @@ class UnsupportedModelError(InvalidArgumentError):
         super().__init__(f"{model_name} cannot be served: {reason}")
         self.model_name = model_name
         self.reason = reason
+
+
+class ContextLengthError(InvalidArgumentError):
+    """A prompt and the new tokens asked for exceed the model's positions."""
 
 
 class MemoryBudgetError(ConfigError):

@@ -105,18 +105,24 @@ class LiveSample:
         try:
             if self._detokenizer is None:
                 context = self.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:].tolist()
-                self._detokenizer = Detokenizer(self._tokenizer, context)
+                skip = self.params.skip_special_tokens
+                self._detokenizer = Detokenizer(self._tokenizer, context, skip_special_tokens=skip)
             return self._detokenizer.finish() if token_ids is None else self._detokenizer.push(token_ids)
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything; it must not take other requests along
             self._tokenizer, self.error = None, error
             return ""
 
     def _take_text(self, text: str) -> bool:
-        """Add text that became final; returns whether it holds a stop string, which counts only after `min_tokens`."""
-        if self._stop_strings is not None and text and self.num_tokens >= self.params.min_tokens:
-            text, self.stop = self._stop_strings.push(text)
+        """Add text that became final; returns whether it completes a stop string, which counts only from `min_tokens` on."""
+        stop = None
+        if self._stop_strings is not None and self.num_tokens < self.params.min_tokens:
+            text = self._stop_strings.skip(text)
+        elif self._stop_strings is not None:
+            text, stop = self._stop_strings.push(text)
         self._add_text(text)
-        return self.stop is not None
+        if stop is not None:
+            self.stop = stop
+        return stop is not None
 
     def _add_text(self, text: str) -> None:
         if text:
@@ -144,10 +150,10 @@ class LiveSample:
         if not self.listens:
             self._take_all(tokens)
         if not isinstance(self.stop, str):
-            rest = self._decode(None)
+            if self._take_text(self._decode(None)) and reason == "length":
+                reason = "stop"
             if self._stop_strings is not None:
-                rest = self._stop_strings.push(rest)[0] + self._stop_strings.finish()
-            self._add_text(rest)
+                self._add_text(self._stop_strings.finish())
         return Completion(
             self.index,
             tokens,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import numpy as np
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pagedkv.arrays import Int32s, as_token_ids
+from pagedkv.arrays import Int32s, as_int, as_token_ids, shown
 from pagedkv.engine.beam_search import BeamSearch, BeamSearchParams
 from pagedkv.engine.building import build_engine, max_length_of
 from pagedkv.engine.core import Engine
@@ -21,18 +20,14 @@ from pagedkv.engine.detokenizer import Detokenizer
 from pagedkv.engine.errors import EngineClosedError
 from pagedkv.engine.metrics import MetricsSnapshot
 from pagedkv.engine.outputs import BeamOutput, Piece, RequestOutput
-from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.engine.prompts import Message, TextOrTokens, as_conversations, as_messages, as_prompt, as_prompts
+from pagedkv.engine.sampling_params import MAX_SEED, SamplingParams
 from pagedkv.engine.speculation import Drafter
 from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.eviction import EvictionPolicy
 from pagedkv.scheduler import PreemptionPolicy, QueuePolicy, SchedulerConfig, VictimPolicy
 
 __all__ = ["LLM", "Message", "TextOrTokens"]
-
-TextOrTokens = str | Sequence[int]
-"""A prompt: a text, for which a tokenizer is needed, or token ids."""
-Message = Mapping[str, Any]
-"""One message of a chat: {"role": "user", "content": "..."}."""
 
 
 class LLM:
@@ -42,8 +37,8 @@ class LLM:
     >>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))[0].text  # doctest: +SKIP
     ' Paris.'
 
-    The model stays the user's: it is set to evaluation, between calls it is as it was otherwise, and its weights are never
-    copied. Not for several threads: AsyncLLM is.
+    The model stays the user's: between calls it is as it was, but in evaluation mode (`model.eval()`), and its weights are
+    never copied. Not for several threads: AsyncLLM is.
     """
 
     def __init__(
@@ -90,7 +85,7 @@ class LLM:
         record:      a folder for a run that `pagedkv fit` and `pagedkv replay` take; it holds lengths and times, no tokens
         clock:       seconds, never falling
 
-        Raises UnsupportedModelError, ConfigError, MemoryBudgetError.
+        Raises UnsupportedModelError, ConfigError, MemoryBudgetError, InvalidArgumentError.
         """
         if scheduler_config is None:
             scheduler_config = SchedulerConfig(
@@ -100,6 +95,7 @@ class LLM:
         elif max_num_batched_tokens is not None or max_num_running is not None:
             name = "max_num_running" if max_num_batched_tokens is None else "max_num_batched_tokens"
             raise ConfigError(f"{name} and scheduler_config say the same thing twice: give one of them")
+        seed = as_int("seed", seed, at_least=0, at_most=MAX_SEED)
         if isinstance(model, str | Path):
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -142,6 +138,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete all prompts, together; outputs come in the order of the prompts.
 
+        prompts:  a text, token ids, a tokenizer's output, a tensor; or several
         params:   for all prompts, or one for each; SamplingParams() if None
         priority: of all of them, the lower the sooner; refused if no policy looks at it
         salt:     prompts of different salt share no cached blocks
@@ -150,7 +147,7 @@ class LLM:
 
         Every argument is checked before anything is computed. An interrupt aborts what is under way.
         """
-        batch = _as_batch(prompts)
+        batch = as_prompts(prompts)
         each = _one_for_each(params, len(batch))
         checked = [self.check(prompt, given) for prompt, given in zip(batch, each, strict=True)]
         outputs: dict[str, RequestOutput] = {}
@@ -222,14 +219,21 @@ class LLM:
             raise ended[0].error
 
     def beam_search(
-        self, prompts: TextOrTokens | Sequence[TextOrTokens], params: BeamSearchParams | None = None
+        self,
+        prompts: TextOrTokens | Sequence[TextOrTokens],
+        params: BeamSearchParams | None = None,
+        *,
+        salt: bytes = b"",
     ) -> list[list[BeamOutput]]:
         """For each prompt its `num_beams` likeliest texts, the best first, as `generate(num_beams=...)` finds them.
 
-        Beams share blocks through forks and copy-on-write. Runs by itself, not among the requests of `generate`.
+        Beams share blocks through forks and copy-on-write. Runs by itself, not among the requests of `generate`: it is in no
+        metrics, timeline or record. Prompts of different `salt` share no cached blocks.
         """
         params = BeamSearchParams() if params is None else params
-        batch = _as_batch(prompts)
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidArgumentError(f"params must be BeamSearchParams, found {shown(params)}")
+        batch = as_prompts(prompts)
         limit = SamplingParams(max_tokens=params.max_tokens)
         token_ids = [self.prepare(prompt, limit)[0] for prompt in batch]
         engine = self.engine
@@ -240,7 +244,7 @@ class LLM:
             engine.storage,
             max_num_batched_tokens=engine.scheduler.config.max_num_batched_tokens,
         )
-        found = search.run(token_ids, params, engine.end_token_ids)
+        found = search.run(token_ids, params, engine.end_token_ids, salt=salt)
         return [
             [BeamOutput(beam.token_ids, self._decode(prompt, beam.token_ids), beam.score) for beam in beams]
             for prompt, beams in zip(token_ids, found, strict=True)
@@ -267,16 +271,24 @@ class LLM:
 
         The other arguments are those of `generate`.
         """
-        several = [conversation] if isinstance(conversation[0], Mapping) else conversation
-        prompts = [self.chat_prompt(cast(Sequence[Message], messages), **template) for messages in several]
+        prompts = [self.chat_prompt(messages, **template) for messages in as_conversations(conversation)]
         return self.generate(prompts, params, priority=priority, salt=salt, client=client, progress=progress)
 
     def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
-        """Token ids of a conversation that the model is to continue. Raises InvalidArgumentError without a template."""
+        """Token ids of a conversation that the model is to continue.
+
+        Raises InvalidArgumentError without a template, and for what the template refuses.
+        """
         if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
             raise InvalidArgumentError("chat needs a tokenizer with a chat template")
-        options = {"add_generation_prompt": True} | template
-        ids: list[int] = self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
+        listed = as_messages(messages)
+        if taken := template.keys() & {"tokenize", "return_dict"}:
+            raise InvalidArgumentError(f"{', '.join(sorted(taken))}: a chat's prompt is always token ids")
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False} | template
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(listed, **options)
+        except Exception as error:  # Templates and tokenizers raise what they like of a caller's messages
+            raise InvalidArgumentError(f"the chat template refuses these messages: {error}") from error
         return ids
 
     # Arguments
@@ -292,16 +304,23 @@ class LLM:
 
     def prepare(self, prompt: TextOrTokens, params: SamplingParams | None) -> tuple[Int32s, SamplingParams]:
         """As `check`, but whether there is memory for it is left to `Engine.add`, whose refusals the metrics count."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidArgumentError("a prompt that is a text needs a tokenizer: give LLM one, or token ids")
-            prompt = cast(Sequence[int], self.tokenizer(prompt)["input_ids"])
-        token_ids = as_token_ids("prompt", prompt)
         params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgumentError(f"params must be SamplingParams, found {shown(params)}")
+        plain = as_prompt(prompt)
+        token_ids = as_token_ids("prompt", self._encode(plain) if isinstance(plain, str) else plain)
         limits = self.engine.limits
         limits.check_prompt(token_ids, params)
         limits.check_params(params)
         return token_ids, params
+
+    def _encode(self, text: str) -> Sequence[int]:
+        if self.tokenizer is None:
+            raise InvalidArgumentError("a prompt that is a text needs a tokenizer: give LLM one, or token ids")
+        try:
+            return cast(Sequence[int], self.tokenizer(text)["input_ids"])
+        except Exception as error:  # It may raise what it likes of a text, such as half a surrogate
+            raise InvalidArgumentError(f"the tokenizer refuses a prompt: {error}") from error
 
     # The engine
 
@@ -341,15 +360,11 @@ class LLM:
         return f"request-{self._num_added}"
 
 
-def _as_batch(prompts: TextOrTokens | Sequence[TextOrTokens]) -> list[TextOrTokens]:
-    """One prompt, a text or a row of numbers, or several, as a list."""
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-    return [cast(TextOrTokens, prompts)] if is_single else list(cast(Sequence[TextOrTokens], prompts))
-
-
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    if isinstance(params, str) or not isinstance(params, Sequence):
+        raise InvalidArgumentError(f"params must be SamplingParams, or one for each prompt, found {shown(params)}")
     if len(params) != num_prompts:
         raise InvalidArgumentError(f"{num_prompts} prompts need as many SamplingParams, or one, found {len(params)}")
     return list(params)

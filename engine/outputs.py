@@ -14,7 +14,8 @@ class Completion:
     """One of the `n` samples of a request.
 
     token_ids:     new tokens, the one that ended it included
-    text:          without special tokens and, unless asked for, without the stop string; None without a tokenizer
+    text:          unless asked for, without special tokens and the stop string; never with the token that ended it; None
+                   without a tokenizer
     finish_reason: "stop", "length", "abort" or "error"
     stop:          the stop string or token id that ended it, else None
     logprobs:      one entry per token, if asked for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pagedkv.arrays import Int32s, shown
+from pagedkv.engine.errors import ContextLengthError
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidArgumentError
 from pagedkv.scheduler import FCFS, Request, RequestTooLargeError, Scheduler
@@ -33,6 +34,11 @@ class RequestLimits:
             raise InvalidArgumentError(
                 f"logprobs {params.logprobs} exceeds the vocabulary of {self._vocab_size} tokens"
             )
+        named = (*(params.allowed_token_ids or ()), *dict(params.logit_bias))
+        if named and max(named) >= self._vocab_size:
+            raise InvalidArgumentError(
+                f"the model has tokens 0..{self._vocab_size - 1}, logit_bias or allowed_token_ids hold {max(named)}"
+            )
 
     def check_priority(self, priority: float) -> None:
         """Whether anybody looks at it. A policy that is not ours may."""
@@ -42,7 +48,10 @@ class RequestLimits:
             )
 
     def check_prompt(self, token_ids: Int32s, params: SamplingParams) -> None:
-        """Whether the model has these tokens, (n,) int32, and positions for them and the new ones."""
+        """Whether the model has these tokens, (n,) int32, and positions for them and the new ones.
+
+        Raises ContextLengthError, which is an InvalidArgumentError, for too many.
+        """
         if not len(token_ids):
             raise InvalidArgumentError("a prompt has at least one token, found none")
         if int(token_ids.max()) >= self._vocab_size:
@@ -50,9 +59,9 @@ class RequestLimits:
                 f"the model has tokens 0..{self._vocab_size - 1}, the prompt holds {token_ids.max()}"
             )
         if self._max_length is not None and len(token_ids) + params.max_tokens > self._max_length:
-            raise InvalidArgumentError(
-                f"a prompt of {len(token_ids)} tokens and max_tokens={params.max_tokens} exceed the model's "
-                f"{self._max_length} positions"
+            asked = f" and max_tokens={params.max_tokens} exceed" if params.max_tokens else " exceeds"
+            raise ContextLengthError(
+                f"a prompt of {len(token_ids)} tokens{asked} the model's {self._max_length} positions"
             )
 
     def check_size(self, token_ids: Int32s, params: SamplingParams) -> None:

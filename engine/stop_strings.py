@@ -45,8 +45,6 @@ class StopStrings:
         """
         if self.stopped is not None:
             return "", self.stopped
-        if not self._stops:
-            return text, None
         known = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             stop = self._advance(character)
@@ -54,6 +52,12 @@ class StopStrings:
                 self.stopped = stop
                 return self._cut_at(known, end, stop), stop
         return self._release(known), None
+
+    def skip(self, text: str) -> str:
+        """Take the next piece, in which a stop string may begin but none counts; return the text that may be passed on."""
+        for character in text:
+            self._advance(character)
+        return self._release(self._held + text)
 
     def finish(self) -> str:
         """Return what was held back: the text ends here, so no stop string will come of it."""
@@ -63,15 +67,17 @@ class StopStrings:
 
     def _advance(self, character: str) -> str | None:
         """Move every automaton one character on. Return the longest stop string that is complete."""
+        complete = None
         for i, stop in enumerate(self._stops):
             length, fallbacks = self._lengths[i], self._fallbacks[i]
             while length and stop[length] != character:
                 length = fallbacks[length - 1]
             length += stop[length] == character
             if length == len(stop):
-                return stop
+                complete = complete or stop
+                length = fallbacks[length - 1]  # It may be told to go on.
             self._lengths[i] = length
-        return None
+        return complete
 
     def _cut_at(self, known: str, end: int, stop: str) -> str:
         if self._keep:
@@ -82,7 +88,7 @@ class StopStrings:
     def _release(self, known: str) -> str:
         if self._keep:
             return known
-        num_final = len(known) - max(self._lengths)
+        num_final = len(known) - max(self._lengths, default=0)
         self._held = known[num_final:]
         return known[:num_final]
 

@@ -2,14 +2,13 @@
 
 import argparse
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from contextlib import aclosing, asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import openai_protocol as protocol
 import uvicorn
-from jinja2 import TemplateError
 from openai_protocol import Json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from tiny_model import model_and_tokenizer
 
-from pagedkv.engine import LLM, AsyncLLM, EngineClosedError, Piece, SamplingParams
+from pagedkv.engine import LLM, AsyncLLM, EngineClosedError, SamplingParams
 from pagedkv.engine.metrics import PrometheusExporter
 from pagedkv.errors import InvalidArgumentError, PagedKVError
 from pagedkv.scheduler import QueueFullError, SchedulerConfig
@@ -32,21 +31,23 @@ class Server:
     def __init__(self, llm: LLM, name: str) -> None:
         self.llm = llm
         self.name = name
+        self.card = protocol.model_card(name, int(time.time()))
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
             ],
             exception_handlers={
                 HTTPException: lambda _, cause: refusal(cause.status_code, cause.detail),
                 InvalidArgumentError: lambda _, cause: refusal(400, cause),
-                TemplateError: lambda _, cause: refusal(400, f"the chat template refuses these messages: {cause}"),
                 QueueFullError: lambda _, cause: refusal(429, cause),
                 EngineClosedError: lambda _, cause: refusal(503, cause),
                 PagedKVError: lambda _, cause: refusal(500, cause),
+                Exception: lambda _, cause: refusal(500, f"an internal error: {type(cause).__name__}"),
             },
             lifespan=self._lifespan,
         )
@@ -58,7 +59,11 @@ class Server:
             yield
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "pagedkv"}]})
+        return JSONResponse({"object": "list", "data": [self.card]})
+
+    async def _model(self, request: Request) -> Response:
+        self._require_name(request.path_params["name"])
+        return JSONResponse(self.card)
 
     async def _health(self, _request: Request) -> Response:
         return Response(status_code=503 if self.engine.is_closed else 200)
@@ -67,20 +72,23 @@ class Server:
         return PlainTextResponse(self.exporter.text(), headers={"content-type": self.exporter.content_type})
 
     async def _completions(self, request: Request) -> Response:
-        body = await self._read(request)
+        body = await self._read(request, is_chat=False)
         prompts = [(await self.engine.check(each, NO_TOKENS))[0] for each in protocol.prompts_of(body)]
         return await self._answer(request, body, prompts, is_chat=False)
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._read(request)
+        body = await self._read(request, is_chat=True)
         prompt = await self.engine.chat_prompt(protocol.messages_of(body))
         return await self._answer(request, body, [prompt], is_chat=True)
 
-    async def _read(self, request: Request) -> Json:
-        body = protocol.known_fields(await request.body())
-        if body.get("model", self.name) != self.name:
-            raise HTTPException(404, f"the model {body['model']!r} is not here, only {self.name!r}")
+    async def _read(self, request: Request, *, is_chat: bool) -> Json:
+        body = protocol.known_fields(await request.body(), is_chat=is_chat)
+        self._require_name(body.get("model", self.name))
         return body
+
+    def _require_name(self, name: object) -> None:
+        if name != self.name:
+            raise HTTPException(404, f"the model {name!r} is not here, only {self.name!r}")
 
     async def _answer(self, request: Request, body: Json, prompts: list[Any], *, is_chat: bool) -> Response:
         params = protocol.params_of(body, prompts, self.llm.max_length, is_chat=is_chat)
@@ -88,40 +96,30 @@ class Server:
         head = protocol.head_of(self.name, is_chat=is_chat, is_stream=bool(body.get("stream")))
         if not body.get("stream"):
             work = (self.engine.generate(prompt, params, client=client) for prompt in prompts)
-            outputs = await while_connected(request, asyncio.gather(*work))
+            outputs = await while_connected(request, all_of(work))
             choices = protocol.choices_of(self.llm.tokenizer, outputs, is_chat=is_chat)
             return JSONResponse(head | {"choices": choices, "usage": protocol.usage_of(outputs)})
         pieces = self.engine.stream(prompts[0], params, client=client)
         first = await while_connected(request, anext(pieces))  # An error until here still has a status of its own.
+        choices = [protocol.Choice(self.llm.tokenizer, prompts[0], is_chat=is_chat) for _ in range(params.n)]
         num_prompt = len(prompts[0]) if body.get("stream_options", {}).get("include_usage") else None
-        events = self._events(head, pieces, first, num_prompt, is_chat=is_chat)
+        events = protocol.events_of(pieces, first, choices, head=head, num_prompt=num_prompt)
         return StreamingResponse(events, media_type="text/event-stream")
-
-    async def _events(
-        self, head: Json, pieces: AsyncGenerator[Piece, None], first: Piece, num_prompt: int | None, *, is_chat: bool
-    ) -> AsyncIterator[str]:
-        """Server-sent events: the pieces, the usage unless `num_prompt` is None, [DONE]."""
-        num_new, begun, piece = 0, set(), first
-        async with aclosing(pieces):
-            try:
-                while piece is not None:
-                    is_first = piece.index not in begun
-                    chunk = protocol.chunk_of(self.llm.tokenizer, piece, is_chat=is_chat, is_first=is_first)
-                    begun.add(piece.index)
-                    num_new += len(piece.token_ids)
-                    yield f"data: {json.dumps(head | {'choices': [chunk]})}\n\n"
-                    piece = await anext(pieces, None)
-            except Exception as cause:  # noqa: BLE001 - the status was sent already; the stream itself says what happened
-                yield f"data: {json.dumps(protocol.error(500, str(cause)))}\n\n"
-                return
-        if num_prompt is not None:
-            yield f"data: {json.dumps(head | {'choices': [], 'usage': protocol.usage(num_prompt, num_new)})}\n\n"
-        yield "data: [DONE]\n\n"
 
 
 def refusal(status: int, cause: object) -> Response:
     """An error as OpenAI's clients know it."""
-    return JSONResponse(protocol.error(status, str(cause)), status)
+    return JSONResponse(protocol.error(status, cause), status)
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What all of them give; if one raises, the others are cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def while_connected(request: Request, work: Awaitable[Any]) -> Any:
@@ -135,6 +133,7 @@ async def while_connected(request: Request, work: Awaitable[Any]) -> Any:
     finally:
         task.cancel()
         gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 if __name__ == "__main__":

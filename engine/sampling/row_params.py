@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pagedkv.arrays import Int32s, Int64s
 from pagedkv.engine.sampling.history import TokenHistory
 from pagedkv.engine.sampling.randomness import UInt64s, stream_key
+from pagedkv.engine.sampling.token_bias import TokenBias
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidArgumentError
 
@@ -31,6 +32,7 @@ class Need:
     PROCESSOR: Final = 8
     HISTORY: Final = 4 | 8
     LOGPROBS: Final = 16
+    BIAS: Final = 32
     A_SAMPLE: Final = 128
     """Nobody was seated in this row."""
 
@@ -46,9 +48,11 @@ class RowParams:
     num_alternatives: (rows,) int64
     end_token_ids:    by row, of rows with min_tokens
     histories:        by row, of rows with penalties or a processor
+    biases:           by row, of rows with a logit bias or allowed tokens
     """
 
     __slots__ = (
+        "biases",
         "end_token_ids",
         "histories",
         "keys",
@@ -74,6 +78,7 @@ class RowParams:
         self.num_alternatives: Int64s = np.zeros(num_rows, np.int64)
         self.end_token_ids: dict[int, Int64s] = {}
         self.histories: dict[int, TokenHistory] = {}
+        self.biases: dict[int, TokenBias] = {}
 
     def seat(
         self, row: int, params: SamplingParams, seed: int, end_token_ids: Int64s, history: TokenHistory | None
@@ -90,8 +95,11 @@ class RowParams:
         self.min_tokens[row] = params.min_tokens
         self.num_alternatives[row] = params.logprobs or 0
         self.histories.pop(row, None)
+        self.biases.pop(row, None)
         if params.min_tokens:
             self.end_token_ids[row] = end_token_ids
+        if params.has_bias:
+            self.biases[row] = TokenBias(params)
         if history is not None:
             self.histories[row] = history
 
@@ -126,5 +134,6 @@ def _needs_of(params: SamplingParams) -> int:
         | Need.MIN_TOKENS * (params.min_tokens > 0)
         | Need.PENALTIES * params.has_penalties
         | Need.PROCESSOR * (params.logits_processor is not None)
+        | Need.BIAS * params.has_bias
         | Need.LOGPROBS * (params.logprobs is not None)
     )

@@ -27,12 +27,12 @@ class Sampler:
     """Chooses tokens for the rows of the scheduler's tables.
 
     A sample is seated in its row whenever it gets one, and then only named by it. A step costs a fixed number of
-    operations on arrays and tensors, however many rows; Python-level work happens only for rows with penalties, a
-    logits processor, log-probabilities, or too few tokens to end. A token depends on its row's logits, parameters,
+    operations on arrays and tensors, however many rows; Python-level work happens only for rows with a bias,
+    penalties, a logits processor, log-probabilities, or too few tokens to end. A token depends on its row's logits, parameters,
     seed, position and known tokens alone.
 
-    Like `generate` of transformers, it changes logits in this order: repetition penalty, presence and frequency, end
-    tokens before `min_tokens`, the logits processor, temperature, top-k, top-p, min-p.
+    Like `generate` of transformers, it changes logits in this order: allowed tokens, bias, repetition penalty, presence
+    and frequency, end tokens before `min_tokens`, the logits processor, temperature, top-k, top-p, min-p.
     """
 
     __slots__ = ("_rows", "vocab_size")

@@ -58,12 +58,20 @@ class Stages:
         logits = step_logits.index_select(0, torch.from_numpy(self._indices).to(step_logits.device)).float()
         reported = np.flatnonzero(self._needs & Need.LOGPROBS)
         own_logits = _select(logits, reported) if len(reported) else None
+        self._bias(logits)
         self._penalise(logits)
-        self._forbid_ends(logits)
+        is_too_short = self._needs & Need.MIN_TOKENS != 0
+        self._forbid_ends(logits, np.flatnonzero(is_too_short))
         self._process(logits)
+        # Once more: the scheduler would end a sample with an end token that its processor brought back.
+        self._forbid_ends(logits, np.flatnonzero(is_too_short & (self._needs & Need.PROCESSOR != 0)))
         tokens = self._choose(logits)
         logprobs = {} if own_logits is None else self._report(own_logits, reported, tokens)
         return Outcome(tokens, logprobs, self._errors)
+
+    def _bias(self, logits: torch.Tensor) -> None:
+        for place in np.flatnonzero(self._needs & Need.BIAS).tolist():
+            self._params.biases[int(self._rows[place])].apply(logits[place])
 
     def _penalise(self, logits: torch.Tensor) -> None:
         places = np.flatnonzero(self._needs & Need.PENALTIES)
@@ -71,9 +79,8 @@ class Stages:
             histories = [self._params.histories[row] for row in self._rows[places].tolist()]
             apply_penalties(logits, places, histories)
 
-    def _forbid_ends(self, logits: torch.Tensor) -> None:
+    def _forbid_ends(self, logits: torch.Tensor, places: Int64s) -> None:
         """Take the end tokens from rows that have too few tokens to end."""
-        places = np.flatnonzero(self._needs & Need.MIN_TOKENS)
         if len(places):
             ends = [self._params.end_token_ids[row] for row in self._rows[places].tolist()]
             of_row = np.repeat(places, [len(each) for each in ends])

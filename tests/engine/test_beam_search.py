@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,42 @@ def test_beams_equal_those_of_generate(
     assert llm.engine.scheduler.manager.statistics().num_used == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_a_search_that_never_stops_early_goes_on_while_a_longer_text_may_win(seed: int) -> None:
+    model = make_model("llama", vocab_size=12, seed=seed)
+    params = BeamSearchParams(num_beams=3, max_tokens=20, length_penalty=2.0, early_stopping="never")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)  # Else all tokens are about as likely, and every text is as good as another.
+    llm = LLM(model, num_blocks=200, block_size=4, self_check=False)
+    llm.engine.end_token_ids = (1,)
+
+    found = llm.beam_search([5, 6, 7], params)[0]
+
+    assert [beam.token_ids for beam in found] == expected(model, [5, 6, 7], params, [1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"early_stopping": "always"}, "early_stopping must be True, False or \"never\", found 'always'"),
+        ({"early_stopping": 1}, "early_stopping must be"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False, found 'no'"),
+        ({"length_penalty": True}, "length_penalty must be a number, found True"),
+        ({"length_penalty": float("nan")}, "length_penalty must be in -100..100, found nan"),
+    ],
+    ids=str,
+)
+def test_params_of_another_kind_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        BeamSearchParams(**values)
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    params = BeamSearchParams(num_beams=np.int64(2), max_tokens=np.int32(3), length_penalty=np.float32(0.5))
+
+    assert repr(params) == repr(BeamSearchParams(num_beams=2, max_tokens=3, length_penalty=0.5))
+
+
 def test_prompts_wait_for_blocks_and_find_the_same(model: Any) -> None:
     params = BeamSearchParams(num_beams=3, max_tokens=10)
     ample = LLM(model, num_blocks=200, block_size=4, self_check=False).beam_search(PROMPTS, params)
@@ -112,6 +149,44 @@ def test_a_search_that_fails_leaves_no_block_and_nothing_that_was_not_computed(
     output = llm.generate([[*prompt, *right[:4]]], SamplingParams(temperature=0, max_tokens=4))[0]
     assert (output.token_ids, output.timings.num_cached_tokens) == (right[4:], num_cached)
     assert llm.beam_search(prompt, params)[0][0].token_ids == right
+
+
+@pytest.fixture
+def pythons_own_handler() -> Iterator[None]:
+    """Python's handler of SIGINT, which a test run in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_handler")
+def test_ctrl_c_between_two_lines_of_a_search_leaves_no_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    params, manager = BeamSearchParams(num_beams=3, max_tokens=8), llm.engine.scheduler.manager
+    fork = manager.fork
+
+    def fork_and_interrupt(*ids: Any) -> None:
+        fork(*ids)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(manager), "fork", lambda _, *ids: fork_and_interrupt(*ids))
+        with pytest.raises(KeyboardInterrupt):
+            llm.beam_search(PROMPTS[2], params)
+
+    assert manager.statistics().num_used == 0
+    assert len(llm.beam_search(PROMPTS[2], params)[0]) == 3
+
+
+def test_a_search_shares_blocks_with_prompts_of_its_salt_only(model: Any) -> None:
+    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
+    llm.beam_search(PROMPTS[2], BeamSearchParams(num_beams=2, max_tokens=2), salt=b"tenant")
+
+    one = SamplingParams(max_tokens=1)
+    others = llm.generate(PROMPTS[2], one)[0].timings.num_cached_tokens
+    own = llm.generate(PROMPTS[2], one, salt=b"tenant")[0].timings.num_cached_tokens
+
+    assert (others, own) == (0, 20)
 
 
 def test_a_search_that_does_not_fit_beside_what_runs_says_so_and_fits_later(model: Any) -> None:

@@ -16,6 +16,7 @@ from tokenizers_for_tests import make_tokenizer
 from pagedkv import ConfigError, InvalidArgumentError
 from pagedkv.engine import (
     LLM,
+    ContextLengthError,
     EngineClosedError,
     MemoryBudgetError,
     SamplingParams,
@@ -191,24 +192,28 @@ def test_two_streams_and_a_batch_run_in_the_same_steps(model: Any) -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([], GREEDY, "1 to"),
         ([[]], GREEDY, "at least one token"),
         ([1, 2, 160], GREEDY, "tokens 0..159, the prompt holds 160"),
         ([1, -2], GREEDY, "prompt"),
         ("text", GREEDY, "needs a tokenizer"),
         ([1, 2], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        ([1, 2], SamplingParams(logit_bias={160: 1}), "tokens 0..159, logit_bias or allowed_token_ids hold 160"),
+        ([1, 2], SamplingParams(allowed_token_ids=[3, 161]), "allowed_token_ids hold 161"),
         ([1] * 500, SamplingParams(max_tokens=13), "exceed the model's 512 positions"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(model: Any, prompt: Any, params: Any, message: str) -> None:
-    if prompt == []:
-        return
     llm = make_llm(model)
 
     with pytest.raises(InvalidArgumentError, match=message):
         llm.generate(prompt, params)
 
     assert not llm.engine.has_work
+
+
+def test_a_prompt_beyond_the_models_positions_has_an_error_of_its_own(model: Any) -> None:
+    with pytest.raises(ContextLengthError, match="a prompt of 513 tokens exceeds the model's 512 positions"):
+        make_llm(model).check([1] * 513, SamplingParams(max_tokens=0))
 
 
 NEVER_FITS = [

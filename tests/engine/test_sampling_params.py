@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,18 @@ NAN = float("nan")
         ({"stop_token_ids": [True]}, "stop_token_ids must be a whole number, found True"),
         ({"stop_token_ids": 3}, "stop_token_ids must be whole numbers, found 3"),
         ({"stop_token_ids": b"ab"}, "stop_token_ids must be whole numbers, found b'ab'"),
-        ({"stop_token_ids": range(1025)}, "at most 1024 stop tokens, found 1025"),
+        ({"stop_token_ids": range(1025)}, "at most 1024 stop_token_ids, found 1025"),
         ({"ignore_eos": 1}, "ignore_eos must be True or False, found 1"),
         ({"include_stop_in_text": None}, "include_stop_in_text must be True or False, found None"),
         ({"logprobs": -1}, "logprobs must be in 0..2147483647, found -1"),
         ({"logprobs": True}, "logprobs must be a whole number, found True"),
+        ({"logit_bias": 5}, "logit_bias must be numbers by token, found 5"),
+        ({"logit_bias": {5: "a"}}, "logit_bias must be a number, found 'a'"),
+        ({"logit_bias": {5: 101}}, "logit_bias must be in -100..100, found 101"),
+        ({"logit_bias": {"5": 1}}, "logit_bias must be a whole number, found '5'"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "at most 1024 logit_bias, found 1025"),
+        ({"allowed_token_ids": []}, "at least one token"),
+        ({"allowed_token_ids": "ab"}, "allowed_token_ids must be whole numbers, found 'ab'"),
         ({"logits_processor": "x"}, "logits_processor must be callable, found 'x'"),
     ],
 )
@@ -113,26 +120,28 @@ def test_they_compare_by_value_and_do_not_change() -> None:
 
     assert params == SamplingParams(stop=("a",))
     assert hash(params) == hash(SamplingParams(stop=["a"]))
+    biased = SamplingParams(logit_bias={7: 1, 5: -1}, allowed_token_ids=[5, 7])
+    assert biased == replace(biased, logit_bias=((7, 1.0), (5, -1.0)))
+    assert hash(biased) == hash(replace(biased))
     with pytest.raises(FrozenInstanceError):
         params.n = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("values", "is_argmax_only", "needs_history"),
+    ("values", "needs_history"),
     [
-        ({}, True, False),
-        ({"temperature": 1.0}, False, False),
-        ({"min_tokens": 1}, False, False),
-        ({"logprobs": 0}, False, False),
-        ({"repetition_penalty": 1.1}, False, True),
-        ({"presence_penalty": -1}, False, True),
-        ({"frequency_penalty": 1}, False, True),
-        ({"logits_processor": lambda known, logits: logits}, False, True),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3, "stop": "x", "n": 2}, True, False),
+        ({}, False),
+        ({"temperature": 1.0}, False),
+        ({"min_tokens": 1}, False),
+        ({"logprobs": 0}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -1}, True),
+        ({"frequency_penalty": 1}, True),
+        ({"logits_processor": lambda known, logits: logits}, True),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3, "stop": "x", "n": 2}, False),
     ],
 )
-def test_what_a_sample_needs(values: dict[str, Any], is_argmax_only: bool, needs_history: bool) -> None:
+def test_penalties_and_processors_need_the_tokens_before(values: dict[str, Any], needs_history: bool) -> None:
     params = SamplingParams(**({"temperature": 0} | values))
 
-    assert params.is_argmax_only is is_argmax_only
     assert params.needs_history is needs_history

@@ -205,8 +205,53 @@ def test_a_sample_cannot_end_before_its_least_number_of_tokens(temperature: floa
     assert [second for _, second in chosen] == [1, 1, 1, 1]
 
 
+def test_a_processor_cannot_end_a_sample_before_its_least_number_of_tokens() -> None:
+    def likes_ends(known, logits):
+        assert logits.isinf().any() == (len(known) < 3)  # It sees what is forbidden.
+        return torch.tensor([0.0, 90.0, 1.0, 80.0])
+
+    params = SamplingParams(temperature=0, min_tokens=2, max_tokens=9, logits_processor=likes_ends)
+    sampler = sampler_with(params, GREEDY, ends=(1, 3))
+    chosen = []
+    for position in range(3):
+        tokens = tokens_of(sampler, torch.ones(2, 4), [0, 1], position)
+        sampler.accept(np.array([0, 1]), np.array(tokens, np.int32))
+        chosen.append(tokens[0])
+
+    assert chosen == [2, 2, 1]
+
+
 def test_a_least_number_of_tokens_without_end_tokens_changes_nothing() -> None:
     assert tokens_of(sampler_with(SamplingParams(temperature=0, min_tokens=3)), [[0.0, 1.0, 0.0, 0.0]], [0]) == [1]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.1])
+def test_a_bias_makes_a_token_likelier_and_what_is_not_allowed_is_never_chosen(temperature: float) -> None:
+    likelier = SamplingParams(temperature=temperature, logit_bias={2: 50})
+    less_likely = SamplingParams(temperature=temperature, logit_bias={0: -100, 1: -100})
+    allowed = SamplingParams(temperature=temperature, allowed_token_ids=[3, 3], logit_bias={0: 100})
+    sampler = sampler_with(likelier, SamplingParams(temperature=temperature), less_likely, allowed)
+    logits = torch.tensor([[40.0, 20.0, 0.0, 10.0]] * 4)
+
+    assert tokens_of(sampler, logits, [0, 1, 2, 3]) == [2, 0, 3, 3]
+    seat(sampler, 3, SamplingParams(temperature=temperature))
+    assert tokens_of(sampler, logits[:1], [3]) == [0]
+
+
+def test_a_bias_comes_before_penalties_and_the_processor() -> None:
+    seen = []
+    params = SamplingParams(
+        temperature=0,
+        logit_bias={1: 3},
+        repetition_penalty=2.0,
+        logits_processor=lambda known, logits: (seen.append(logits.tolist()), logits)[1],
+    )
+    sampler = Sampler(4)
+    seat(sampler, 0, params, prompt=(1,))
+
+    tokens_of(sampler, torch.ones(1, 4), [0])
+
+    assert seen == [[1.0, 2.0, 1.0, 1.0]]
 
 
 def test_accepted_tokens_are_penalised() -> None:

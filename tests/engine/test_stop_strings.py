@@ -50,6 +50,24 @@ def test_no_more_is_held_back_than_may_become_a_stop(text: str, stops: list[str]
         assert end - num_emitted == max(beginnings)
 
 
+@given(
+    skipped=st.text("ab", max_size=6),
+    text=st.text("ab", max_size=6),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4),
+)
+def test_a_stop_may_begin_in_text_where_none_counts(skipped: str, text: str, stops: list[str]) -> None:
+    scanner = StopStrings(stops)
+
+    emitted = scanner.skip(skipped)
+    more, stopped = scanner.push(text)
+    emitted += more + scanner.finish()
+
+    ends = range(len(skipped) + 1, len(skipped + text) + 1)
+    found = [(end, -len(stop), stop) for end in ends for stop in stops if (skipped + text)[:end].endswith(stop)]
+    end, negative_length, stop = min(found, default=(len(skipped + text), 0, None))
+    assert (emitted, stopped) == ((skipped + text)[: end + negative_length], stop)
+
+
 def test_what_may_be_the_beginning_of_a_stop_is_held_back() -> None:
     stops = StopStrings(["</s>"])
 

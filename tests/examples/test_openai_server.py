@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -15,11 +16,15 @@ import openai
 import pytest
 import torch
 import uvicorn
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from pagedkv.engine import LLM
+from pagedkv.engine import LLM, Completion
+from pagedkv.engine.sampling.logprobs import TokenLogprobs
 from pagedkv.scheduler import QueueFullError
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from openai_protocol import Choice
 from openai_server import Server
 from tiny_model import byte_tokenizer, tiny_llama
 
@@ -77,8 +82,15 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=MESSAGES, **(GREEDY | options))
 
 
-def test_the_model_is_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+def test_the_model_is_listed_and_found_by_its_name(client: openai.OpenAI) -> None:
+    models = list(client.models.list())
+
+    assert [model.id for model in models] == ["tiny"]
+    assert abs(models[0].created - time.time()) < 3600
+    assert client.models.retrieve("tiny") == models[0]
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("large/one")
+    assert caught.value.code == "model_not_found"
 
 
 def test_a_completion_has_text_reason_and_usage(client: openai.OpenAI) -> None:
@@ -99,6 +111,15 @@ def test_streamed_pieces_make_up_the_whole_completion(client: openai.OpenAI) -> 
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize("has_usage", [False, True])
+def test_chunks_have_an_empty_usage_if_one_is_asked_for(served: Served, has_usage: bool) -> None:
+    body = {"prompt": "Hello", "max_tokens": 3, "stream": True, "stream_options": {"include_usage": has_usage}}
+
+    lines = httpx.post(f"{served.url}/v1/completions", json=body).text.splitlines()
+
+    assert ('"usage": null' in lines[0]) == has_usage
 
 
 def test_several_prompts_and_samples_are_numbered_in_order(client: openai.OpenAI) -> None:
@@ -135,6 +156,48 @@ def test_a_token_that_is_none_of_the_likeliest_is_named_beside_them(client: open
 
     assert {len(top) for top in logprobs.top_logprobs} == {1, 2}
     assert all(token in top for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True))
+
+
+def named_logprobs(tokenizer: Any, entries: list[TokenLogprobs], *, is_chat: bool) -> Any:
+    part = Completion(0, tuple(entry.token_id for entry in entries), "", "length", logprobs=tuple(entries))
+    return Choice(tokenizer, [entries[0].token_id], is_chat=is_chat).whole(0, part)["logprobs"]
+
+
+def test_alternatives_that_are_parts_of_characters_are_told_apart() -> None:
+    tokenizer = byte_tokenizer()
+    letter, *parts = tokenizer("aé漢")["input_ids"]
+    entry = TokenLogprobs(letter, -0.5, 1, {letter: -0.5} | {token_id: -2.0 - i for i, token_id in enumerate(parts)})
+
+    completion = named_logprobs(tokenizer, [entry], is_chat=False)
+    chat = named_logprobs(tokenizer, [entry], is_chat=True)
+
+    names = ["a", *(f"token_id:{token_id}" for token_id in parts)]
+    assert completion["top_logprobs"] == [dict(zip(names, [-0.5, -2.0, -3.0, -4.0, -5.0, -6.0], strict=True))]
+    assert [each["token"] for each in chat["content"][0]["top_logprobs"]] == names
+
+
+def test_tokens_add_up_to_the_text_and_have_their_places_in_it() -> None:
+    unknown = "<unk>"
+    vocabulary = {unknown: 0, "▁Hello": 1, "▁world": 2, "▁a": 3, "<0xC3>": 4, "<0xA9>": 5, "!": 6}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown, byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token=unknown)
+    entries = [TokenLogprobs(token_id, -0.5, 1, {}) for token_id in (1, 2, 3, 4, 5, 6)]
+
+    logprobs = named_logprobs(tokenizer, entries, is_chat=False)
+
+    assert logprobs["tokens"] == [" Hello", " world", " a", "token_id:4", "token_id:5", "!"]
+    assert logprobs["text_offset"] == [0, 6, 12, 14, 14, 15]
+
+
+def test_streamed_tokens_have_their_places_in_the_whole_text(client: openai.OpenAI) -> None:
+    whole = complete(client, "Hello", logprobs=0).choices[0].logprobs
+
+    chunks = list(complete(client, "Hello", logprobs=0, stream=True))
+
+    assert whole.text_offset == list(range(12))
+    assert [place for chunk in chunks for place in chunk.choices[0].logprobs.text_offset] == whole.text_offset
 
 
 def test_a_chat_is_answered_whole_and_streamed_alike(client: openai.OpenAI) -> None:
@@ -202,8 +265,14 @@ def test_the_second_turn_of_a_chat_reports_cached_tokens(client: openai.OpenAI) 
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_tokens": 100_000}, "positions"),
         ({"max_tokens": 5000}, "can never run"),
-        ({"logit_bias": {"5": 10}}, "logit_bias"),
+        ({"logit_bias": {"five": 10}}, "logit_bias must be numbers by token id"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias must be in"),
         ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"stream": "no"}, "stream must be true or false"),
+        ({"logprobs": 21}, "at most 20 alternatives"),
+        ({"extra_body": {"max_completion_tokens": 3}}, "not supported: max_completion_tokens"),
+        ({"extra_body": {"top_logprobs": 3}}, "not supported: top_logprobs"),
         ({"extra_body": {"mirostat": 2}}, "mirostat"),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": [[1], "a", 3]}, "prompt"),
@@ -231,6 +300,57 @@ def test_messages_of_another_form_are_refused_with_400(client: openai.OpenAI, me
         client.chat.completions.create(model="tiny", messages=messages)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "at most 20 alternatives"),
+        ({"top_logprobs": 2}, "logprobs of a chat"),
+        ({"extra_body": {"logprobs": 2}}, "logprobs of a chat"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content must be text"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]}, "tool_calls"),
+    ],
+    ids=str,
+)
+def test_what_a_chat_cannot_do_is_refused_with_400(
+    client: openai.OpenAI, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(**({"model": "tiny", "messages": MESSAGES} | options))
+
+
+def test_an_answer_that_called_a_tool_needs_no_content(client: openai.OpenAI) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"day": "Sunday"}'}}
+    called = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    answer = client.chat.completions.create(model="tiny", messages=called, **GREEDY)
+
+    said = [*MESSAGES, {"role": "assistant", "content": ""}]
+    same = client.chat.completions.create(model="tiny", messages=said, **GREEDY)
+    assert answer.choices[0].message.content == same.choices[0].message.content
+
+
+def test_a_bias_by_token_id_is_taken(client: openai.OpenAI) -> None:
+    token_id = byte_tokenizer()("q")["input_ids"][0]
+
+    assert complete(client, "Hello", logit_bias={str(token_id): 100}).choices[0].text == "q" * 12
+    assert chat(client, extra_body={"allowed_token_ids": [token_id]}).choices[0].message.content == "q" * 12
+
+
+def test_defaults_of_what_is_not_known_pass(client: openai.OpenAI) -> None:
+    assert complete(client, "Hello", best_of=1).choices[0].text == complete(client, "Hello").choices[0].text
+    asked = {"response_format": {"type": "text"}, "tool_choice": "none"}
+    assert chat(client, **asked).choices[0].message.content == chat(client).choices[0].message.content
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5])
+def test_a_text_beyond_the_models_positions_has_a_code_of_its_own(client: openai.OpenAI, max_tokens: int) -> None:
+    with pytest.raises(openai.BadRequestError, match="a prompt of 9000 tokens exceeds the model's 8192") as caught:
+        complete(client, "a" * 9000, max_tokens=max_tokens)
+
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_parameters_without_effect_pass(client: openai.OpenAI) -> None:
     answer = complete(client, "Hello", user="me", echo=False, logit_bias={}, extra_body={"top_k": 1, "temperature": 1})
 
@@ -247,10 +367,23 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
 def test_a_broken_body_is_refused_and_unknown_paths_are_not_found(served: Served) -> None:
     broken = httpx.post(f"{served.url}/v1/completions", content=b"{")
     listed = httpx.post(f"{served.url}/v1/completions", content=b"[1]")
+    strange = [
+        httpx.post(f"{served.url}/v1/{path}", content=body)
+        for path in ("completions", "chat/completions")
+        for body in (
+            b"[" * 200_000,
+            b'{"prompt": "\\ud800"}',
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            b'{"\\ud800": 1, "prompt": "a"}',
+        )
+    ]
     nowhere = httpx.get(f"{served.url}/v1/nothing")
 
     assert (broken.status_code, broken.json()["error"]["message"]) == (400, "the body is not JSON")
     assert listed.status_code == 400
+    assert [(each.status_code, each.json()["error"]["type"]) for each in strange] == [
+        (400, "invalid_request_error")
+    ] * 8
     assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, None)
 
 
@@ -293,6 +426,43 @@ def test_a_client_that_disconnects_aborts_its_request(served: Served, client: op
     wait_until(lambda: served.llm.metrics().request_success["abort"] == num_aborted + 1)
     assert served.scheduler.manager.statistics().num_used == 0
     assert len(complete(client, "Hello").choices[0].text) == 12
+
+
+def test_a_prompt_that_is_refused_takes_the_others_of_its_request_back(served: Served, client: openai.OpenAI) -> None:
+    num_generated = served.llm.metrics().generation_tokens
+
+    with pytest.raises(openai.BadRequestError, match="can never run"):
+        complete(client, ["short", "x" * 1000], max_tokens=2000, extra_body={"ignore_eos": True})
+
+    wait_until(lambda: not served.scheduler.has_work)
+    assert served.llm.metrics().generation_tokens - num_generated < 1000
+
+
+def test_a_client_that_leaves_several_prompts_leaves_nothing_in_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_aborted = served.llm.metrics().request_success["abort"]
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 800, "ignore_eos": True}
+
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+
+    wait_until(lambda: served.llm.metrics().request_success["abort"] == num_aborted + 3)
+    httpx.get(f"{served.url}/health")  # By now the loop has gone round.
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_what_nobody_foresaw_is_an_error_in_json(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(served.server.engine, "chat_prompt", fail)
+
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json={"messages": MESSAGES})
+
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "an internal error: RuntimeError")
+    assert answer.json()["error"]["type"] == "server_error"
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_told_in_the_stream(
