@@ -250,8 +250,8 @@ class RunRecorder:
         pending.samples[sample_idx] = sample
         pending.num_left -= 1
         if pending.fields["max_new_tokens"] == 0:
-            # Only its prompt is computed, once: it never becomes several samples.
-            pending.samples = [sample] * len(pending.samples)
+            # Only its prompt is computed, once: it never becomes several samples, and only one lost its seat.
+            pending.samples = [sample, *[sample | {"num_preemptions": 0}] * (len(pending.samples) - 1)]
             pending.num_left = 0
         if not pending.num_left:
             del self._live[request_id]

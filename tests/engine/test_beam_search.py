@@ -159,25 +159,6 @@ def pythons_own_handler() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("pythons_own_handler")
-def test_ctrl_c_between_two_lines_of_a_search_leaves_no_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
-    params, manager = BeamSearchParams(num_beams=3, max_tokens=8), llm.engine.scheduler.manager
-    fork = manager.fork
-
-    def fork_and_interrupt(*ids: Any) -> None:
-        fork(*ids)
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(manager), "fork", lambda _, *ids: fork_and_interrupt(*ids))
-        with pytest.raises(KeyboardInterrupt):
-            llm.beam_search(PROMPTS[2], params)
-
-    assert manager.statistics().num_used == 0
-    assert len(llm.beam_search(PROMPTS[2], params)[0]) == 3
-
-
 def test_a_search_shares_blocks_with_prompts_of_its_salt_only(model: Any) -> None:
     llm = LLM(model, num_blocks=64, block_size=4, self_check=False)
     llm.beam_search(PROMPTS[2], BeamSearchParams(num_beams=2, max_tokens=2), salt=b"tenant")
@@ -207,6 +188,7 @@ def test_as_many_new_tokens_may_be_asked_for_as_a_sequence_has_at_most() -> None
         BeamSearchParams(max_tokens=2**26 + 1)
 
 
+@pytest.mark.usefixtures("pythons_own_handler")
 @pytest.mark.parametrize("verb", ["open", "fork", "close", "append"])
 def test_ctrl_c_in_the_bookkeeping_of_a_search_leaves_no_block(
     model: Any, verb: str, monkeypatch: pytest.MonkeyPatch
@@ -224,14 +206,10 @@ def test_ctrl_c_in_the_bookkeeping_of_a_search_leaves_no_block(
             signal.raise_signal(signal.SIGINT)
         return result
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(manager, verb, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                llm.beam_search(PROMPTS[:1], BeamSearchParams(num_beams=3, max_tokens=8))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patched:
+        patched.setattr(manager, verb, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.beam_search(PROMPTS[:1], BeamSearchParams(num_beams=3, max_tokens=8))
 
     assert num_calls
     assert manager.statistics().num_used == 0

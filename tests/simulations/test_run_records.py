@@ -20,7 +20,7 @@ from pagedkv.simulations.run_comparison import compare_run, print_comparison
 from pagedkv.simulations.run_records import RunRecord, read_run
 from pagedkv.simulations.traces import load_trace
 
-PREEMPTIONS = {"recompute": Recompute(), "swap": Swap(), "cheaper": Cheaper(1e-4, 1.9e-4)}
+PREEMPTIONS = {"recompute": Recompute(), "swap": Swap(), "cheaper": Cheaper(1.5e-4, 1.9e-4)}
 
 
 def first_tokens(engine: RecordedEngine, record: RunRecord) -> list[float]:
