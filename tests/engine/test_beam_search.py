@@ -198,10 +198,10 @@ def test_ctrl_c_in_the_bookkeeping_of_a_search_leaves_no_block(
     do = getattr(manager, verb)
     num_calls = 0
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal num_calls
         num_calls += 1
-        result = do(*args)
+        result = do(*args, **options)
         if num_calls == 1:
             signal.raise_signal(signal.SIGINT)
         return result

@@ -16,10 +16,10 @@ from pagedkv.scheduler import SchedulerConfig
 NUM_NEW = 20
 PROMPT_LENGTHS = (5, 17, 33, 60)
 # (29 + 37 + 53 + 80) tokens in blocks of 4.
-AMPLE, TIGHT = 64, 26
+AMPLE, TIGHT = 64, 21
 POOLS = {"ample": (AMPLE, None), "tight, recompute": (TIGHT, None), "tight, swap": (TIGHT, "1MiB")}
 # Chunk -> tokens in a step, and the cap on one prompt's share of it.
-CHUNKS = {1: (4, 1), 7: (11, 7), 512: (512, None)}
+CHUNKS = {1: (8, 1), 7: (11, 7), 512: (512, None)}
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
 
 

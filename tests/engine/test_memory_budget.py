@@ -62,7 +62,7 @@ def check_that_it_suffices(budgets: list[MemoryBudget], serve: Callable[[], obje
     needed = _peak_growth(serve)
 
     assert needed >= at_least
-    assert needed <= 1.1 * budgets[0].step_bytes
+    assert needed <= 1.5 * budgets[0].step_bytes
 
 
 def test_the_logits_of_all_seats_and_their_sampling_are_in_the_largest_step(budgets: list[MemoryBudget]) -> None:
