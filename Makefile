@@ -35,7 +35,7 @@ check: .venv/test ## Lint, format and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/demo ## Run every benchmark and write the results to benchmarks/results/.
+bench: .venv/test ## Run every benchmark and write the results to benchmarks/results/.
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 # With the environment's own Python where there is no .venv: GPU machines bring their torch and Triton along.

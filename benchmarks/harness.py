@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
         model = f"{names[0]}, {len(names)} cores" if names else model
     return {
         "cpu": model,
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pagedkv": pagedkv.__version__,
