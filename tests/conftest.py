@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent))
 PUBLIC_TRACES = Path(os.environ.get("PAGEDKV_TRACES") or Path(__file__).resolve().parents[2] / "shared" / "traces")
 
 # The same examples in every run, however busy the machine.
-settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")
 
 

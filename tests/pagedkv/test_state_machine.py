@@ -7,7 +7,7 @@ from memory_machine import MemoryMachine
 
 def test_the_manager_does_what_the_model_predicts() -> None:
     thorough = settings(
-        max_examples=300,
+        max_examples=200,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,

@@ -64,9 +64,11 @@ BUGS = {
     "a failed fork keeps the ones before": Bug(Sampling, "_fork", "self._memory.close(row)", "pass"),
     # Ends
     "an abort keeps host blocks": Bug(
-        Scheduler, "abort", "if state is SampleState.SWAPPED:\n                self._memory.close(sample.row)", "pass"
+        Scheduler, "abort", "if state is SampleState.SWAPPED:\n                self._close_row(sample)", "pass"
     ),
-    "an abort in flight is forgotten": Bug(Scheduler, "abort", "self._num_left_in_flight += 1", "pass"),
+    "an abort in flight is forgotten": Bug(
+        Scheduler, "_close_row", "self._left_in_flight.append(sample.row)", "pass"
+    ),
     "an aborted row keeps its seat": Bug(Scheduler, "_leave", "self._running.remove(sample)", "pass"),
     "a finished request stays live": Bug(Scheduler, "_end", "del self._live[sample.request.request_id]", "pass"),
     "a duplicate id is taken": Bug(Scheduler, "add", "if request_id in self._live:", "if False:"),
@@ -76,7 +78,7 @@ BUGS = {
     "a plan may be updated twice": Bug(Scheduler, "update", "self._check_in_flight(plan)", "pass"),
     # Shortage
     "nobody tells of blocks that others gave back": Bug(
-        planning.StepPlanner, "plan", "self._admission.is_open or not len(rows)", "self._admission.is_open"
+        planning.StepPlanner, "plan", "not self.num_steps_closed(step)) or not len(rows)", "not self.num_steps_closed(step))"
     ),
     "what can never fit is taken": Bug(
         Scheduler, "add",

@@ -343,7 +343,7 @@ def test_the_policy_does_what_its_naive_model_does(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=150,
+            max_examples=80,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,
