@@ -269,12 +269,7 @@ class KVCacheManager:
         if num_tokens == 0:  # Nothing is written, so a shared tail need not be copied.
             return Appended(np.empty(0, np.int64), NO_COPIES)
         if self._step is None:
-            # What is named here belongs to no step of a scheduler that may be planning on the same memory.
-            paused = memory.naming.pause()
-            try:
-                copies = memory.try_append_run(row, num_tokens)
-            finally:
-                memory.naming.resume(paused)
+            copies = memory.naming.apart(memory.try_append_run, row, num_tokens)
         else:
             copies = memory.try_append_run(row, num_tokens)
             if copies is not None:
@@ -357,11 +352,7 @@ class KVCacheManager:
         memory = self.memory
         hits = memory.naming.written(memory.resident_blocks(row))
         if self._step is None:
-            paused = memory.naming.pause()
-            try:
-                copies = memory.try_swap_in(row, hits)
-            finally:
-                memory.naming.resume(paused)
+            copies = memory.naming.apart(memory.try_swap_in, row, hits)
         else:
             copies = memory.try_swap_in(row, hits)
             if copies is not None:

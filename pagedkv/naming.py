@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from pagedkv.prefix_cache import PrefixCache
 from pagedkv.sequences import SequenceTable
 
 __all__ = ["BlockNaming", "in_order_of_steps"]
+
+T = TypeVar("T")
 
 
 def in_order_of_steps(counts: Int64s, first_steps: Int64s, period: int) -> tuple[Int64s, Int64s]:
@@ -96,15 +99,14 @@ class BlockNaming:
             keys_of.update(zip(block_ids.tolist(), keys, strict=True))
         return [block_id for block_id, key in keys_of.items() if self._cache.key_of(block_id) == key]
 
-    def pause(self) -> list[tuple[BlockIds, Sequence[Key]]] | None:
-        """What is named now belongs to no step; give what this returns to `resume`."""
+    def apart(self, append: Callable[..., T], *arguments: Any) -> T:
+        """Call it: what it names belongs to no step, such as one that a scheduler is planning on the same memory."""
         self.catch_up()
         named, self._named_in_step = self._named_in_step, None
-        return named
-
-    def resume(self, named: list[tuple[BlockIds, Sequence[Key]]] | None) -> None:
-        """Go on where `pause` was called."""
-        self._named_in_step = named
+        try:
+            return append(*arguments)
+        finally:
+            self._named_in_step = named
 
     def written(self, block_ids: BlockIds) -> BlockIds:
         """The blocks before the first one that the step under way has named, and so is yet to write. O(n + named)."""

@@ -182,25 +182,24 @@ def test_what_a_failed_step_swapped_in_is_pending_again_and_has_no_names(manager
     assert len(manager.append("x", 5).slots) == 5
 
 
-def test_a_sequence_that_is_swapped_in_beside_a_schedulers_step_keeps_its_names_when_that_fails(
-    manager: KVCacheManager,
-) -> None:
-    swapped_out(manager)
+def swap_in_beside_a_schedulers_step_that_fails(manager: KVCacheManager, prompt: list[int]) -> None:
     scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=64, max_num_running=4), manager)
-    scheduler.add(Request("a", [9, 9, 9, 9], 4), now=0.0)
+    scheduler.add(Request("a", prompt, 4), now=0.0)
     plan = scheduler.schedule(0.0)
     assert len(manager.swap_in("x")) == 3
     scheduler.fail(plan, 0.0)
     scheduler.check_invariants()
+
+
+def test_a_sequence_that_is_swapped_in_beside_a_schedulers_step_keeps_its_names_when_that_fails(
+    manager: KVCacheManager,
+) -> None:
+    swapped_out(manager)
+    swap_in_beside_a_schedulers_step_that_fails(manager, [9, 9, 9, 9])
     assert (manager.num_computed("x"), hit(manager, [1, 2, 3, 4, 5])) == (5, 4)
 
 
 def test_a_swap_in_hits_nothing_that_a_schedulers_step_is_yet_to_write(manager: KVCacheManager) -> None:
     swapped_out(manager)
-    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=64, max_num_running=4), manager)
-    scheduler.add(Request("a", [1, 2, 3, 4], 4), now=0.0)
-    plan = scheduler.schedule(0.0)
-    assert len(manager.swap_in("x")) == 3
-    scheduler.fail(plan, 0.0)
-    scheduler.check_invariants()
+    swap_in_beside_a_schedulers_step_that_fails(manager, [1, 2, 3, 4])
     assert manager.num_computed("x") == 5
