@@ -154,7 +154,7 @@ QUICK = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BUGS])
 def test_a_soak_run_notices_that(name: str, verdicts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(name, monkeypatch)
-    failure = first_failure(40)
+    failure = first_failure(60)
     verdicts[name] = "NOT NOTICED" if failure is None else str(failure)[:150]
     assert failure is not None, f"nothing noticed that {name}"
 
