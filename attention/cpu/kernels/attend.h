@@ -23,6 +23,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     const float *query = s->query + row_base * task->key_words;
     float *sums = s->sums + row_base * task->value_columns;
     const char *keys[KEY_TILE + DOT_KEYS], *values[KEY_TILE + DOT_KEYS], *ahead[KEY_TILE + DOT_KEYS];
+    const char *values_ahead[KEY_TILE + DOT_KEYS];
     int padded_keys = (num_keys + LANES - 1) / LANES * LANES;
 
     NAME(words_of_head)(task, &call->key, s->keys[which], kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
@@ -35,8 +36,18 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         s->largest_value_scale = NAME(largest_magnitude)(s->value_scales, num_keys);
     }
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
-    NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
-    if (!task->is_few) NAME(lay_keys)(task->is_widened, keys, num_keys, task->key_words, s->zeros, s->key_columns, ahead, value_bytes);
+    struct NAME(fetches) key_fetches, value_fetches;
+    if (task->is_few) {
+        NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
+    } else {
+        /* A task of many rows has one head: what comes next is the next tile of it. */
+        const int num_tiles = (task->rows + GEMM_ROWS - 1) / GEMM_ROWS, columns = GEMM_VECTORS * LANES;
+        NAME(rows_ahead)(task, &call->key, s->keys[!which], kv_head, num_next, num_next, ahead);
+        NAME(rows_ahead)(task, &call->value, s->values[!which], kv_head, num_next, num_next, values_ahead);
+        key_fetches = NAME(fetches_of)(ahead, num_next, key_bytes, 1, num_tiles * (KEY_TILE / columns));
+        value_fetches = NAME(fetches_of)(values_ahead, num_next, value_bytes, 1, num_tiles * ((task->value_columns + columns - 1) / columns));
+        NAME(lay_keys)(task->is_widened, keys, num_keys, task->key_words, s->zeros, s->key_columns);
+    }
     int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
         int num_rows = task->rows - r < ROW_BLOCK ? task->rows - r : ROW_BLOCK;
@@ -60,21 +71,16 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
                 int column = 0;
                 if (width == panel) {
                     NAME(gemm_column)(GEMM_VECTORS, num_rows, task->key_words, query + (int64_t)r * task->key_words, task->key_words,
-                                      b, panel, s->scores + first, KEY_TILE, 0, 0);
+                                      b, panel, s->scores + first, KEY_TILE, 0, 0, &key_fetches);
                 } else {
                     for (; column < width; column += LANES)
                         NAME(gemm_column)(1, num_rows, task->key_words, query + (int64_t)r * task->key_words, task->key_words,
-                                          b + column, panel, s->scores + first + column, KEY_TILE, 0, 0);
+                                          b + column, panel, s->scores + first + column, KEY_TILE, 0, 0, &key_fetches);
                 }
             }
         }
-        float shrink[ROW_BLOCK + DOT_ROWS], weight[ROW_BLOCK + DOT_ROWS];
-        for (int i = 0; i < num_rows; i++) {
-            int head = kv_head * task->group + (r + i) % task->group;
-            shrink[i] = NAME(soften)(task, head, task->first + (r + i) / task->group, first_key, num_keys, seen_padded,
-                                     call->scale * s->query_scales[row_base + r + i], s->scores + i * KEY_TILE,
-                                     s->highest + row_base + r + i, s->total + row_base + r + i, weight + i);
-        }
+        float shrink[ROW_BLOCK + LANES], weight[ROW_BLOCK + LANES];
+        NAME(soften)(task, kv_head, r, num_rows, first_key, num_keys, seen_padded, shrink, weight);
         if (!are_values_ready) {
             int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
@@ -82,9 +88,11 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
                 if (NAME(is_unseen)(task, first_key + i)) values[i] = (const char *)s->zeros;
             values[num_keys] = (const char *)s->zeros;
-            NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
-                             is_last ? num_next : num_keys, num_keys, ahead);
-            if (!task->is_few) NAME(lay_values)(task->is_widened, values, num_keys, task->value_words, s->value_tile, ahead, key_bytes);
+            if (task->is_few)
+                NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
+                                 is_last ? num_next : num_keys, num_keys, ahead);
+            else
+                NAME(lay_values)(task->is_widened, values, num_keys, task->value_words, s->value_tile);
             are_values_ready = 1;
         }
         if (task->is_few) {
@@ -93,7 +101,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
                              weight, ahead, key_bytes);
         } else {
             NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, VALUE_STRIDE(task), VALUE_PANEL,
-                       sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight);
+                       sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight, &value_fetches);
         }
     }
 }
@@ -165,7 +173,7 @@ static void TARGET NAME(finish_row)(const struct NAME(task) *task, int kv_head, 
     int head = kv_head * task->group + r % task->group, token = task->first + r / task->group, dim = (int)call->value.dim;
     float highest = s->highest[row], total = s->total[row];
     float channels[MAX_DIM], value_scale = 1.0f;
-    for (int d = 0; d < dim; d++) channels[d] = sums[NAME(column_of)(task, d)];
+    NAME(in_order)(task, sums, channels);
     if (call->value.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         value_scale = ((const float *)call->value.scale)[kv_head * call->value.scale_head_stride];
     if (task->partial < 0 && call->sinks && call->sinks[head] != -INFINITY) {
@@ -207,6 +215,7 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     task.first_draft = task.query_offset + call->query_start_loc[task.seq];
     task.is_few = task.rows <= MAX_FEW_ROWS;
     task.is_widened = NAME(widens)(call);
+    task.is_biased = call->softcap > 0.0f || call->alibi_slopes || call->tree_mask;
     int64_t rows = (int64_t)(end_head - first_head) * task.padded_rows;
     for (int64_t i = 0; i < rows; i++) scratch->highest[i] = -INFINITY, scratch->total[i] = 0.0f;
     memset(scratch->sums, 0, rows * task.value_columns * sizeof(float));

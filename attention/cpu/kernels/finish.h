@@ -1,6 +1,6 @@
 /* From sums to results. Included once per instruction set after rows.h. */
 
-/* sums[column_of(d)] * factor to channel d of one head's row of `out`, in its dtype. */
+/* channels * factor to one head's row of `out`, in its dtype. */
 static void TARGET NAME(write_row)(const struct attention_call *call, const float *channels, float factor, int64_t token,
                                    int64_t head) {
     int64_t at = token * call->out_token_stride + head * call->out_head_stride;

@@ -165,15 +165,11 @@ static void TARGET NAME(lay_rows)(int is_widened, const char *const rows[LANES],
 
 /* Keys as columns: words[panel][word][key in panel], panels of GEMM_VECTORS * LANES keys, padded with zeros. */
 static void TARGET NAME(lay_keys)(int is_widened, const char *const *keys, int num_keys, int num_words, const float *zeros,
-                                  float *to, const char *const *ahead, int ahead_bytes) {
+                                  float *to) {
     const int panel = GEMM_VECTORS * LANES;
     for (int first = 0; first < num_keys; first += LANES) {
         const char *rows[LANES];
-        for (int i = 0; i < LANES; i++) {
-            int is_there = first + i < num_keys;
-            if (is_there) NAME(fetch)(ahead[first + i], ahead_bytes);
-            rows[i] = is_there ? keys[first + i] : (const char *)zeros;
-        }
+        for (int i = 0; i < LANES; i++) rows[i] = first + i < num_keys ? keys[first + i] : (const char *)zeros;
         NAME(lay_rows)(is_widened, rows, num_words, to + (int64_t)(first / panel * panel) * num_words + first % panel);
     }
 }
@@ -181,12 +177,10 @@ static void TARGET NAME(lay_keys)(int is_widened, const char *const *keys, int n
 /* Values as the right side of a product. Of floats, as panels[column / panel][value][column in panel]: rows as long as they
    come would lie in a few sets of the first-level cache and displace each other. Of pairs, row k / 2 holds values k and k + 1
    interleaved. */
-static void TARGET NAME(lay_values)(int is_widened, const char *const *values, int num_keys, int num_words, float *to,
-                                    const char *const *ahead, int ahead_bytes) {
+static void TARGET NAME(lay_values)(int is_widened, const char *const *values, int num_keys, int num_words, float *to) {
     for (int k = 0; k < num_keys; k += PER_WORD) {
-        for (int i = 0; i < PER_WORD; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
 #if PER_WORD == 2
-        /* Interleaved within 128-bit parts, which leaves the columns in another order; `column_of` undoes it at the end. */
+        /* Interleaved within 128-bit parts, which leaves the columns in another order; `in_order` undoes it at the end. */
         float *row = to + (int64_t)k * num_words;
         for (int w = 0; w < num_words; w += LANES) {
             vf pair[2];
@@ -213,13 +207,25 @@ static void TARGET NAME(lay_values)(int is_widened, const char *const *values, i
     (void)is_widened;
 }
 
-/* Which column of `sums` holds channel d. */
-INLINE int NAME(column_of)(const struct NAME(task) *task, int d) {
-    int in_chunk = d % (2 * LANES);
+/* Columns of `sums` in the order of channels, all value_columns of them. The products leave those of a chunk of 2 * LANES apart:
+   pairs as they were interleaved; bf16 that was widened as the even ones and the odd ones. */
+INLINE void NAME(in_order)(const struct NAME(task) *task, const float *sums, float *channels) {
 #if PER_WORD == 2
-    (void)task;
-    return d - in_chunk + (in_chunk / 4 % 2) * LANES + in_chunk / 8 * 4 + in_chunk % 4;
+    for (int first = 0; first < task->value_columns; first += 2 * LANES) {
+        vf pair[2];
+        NAME(in_place)(NAME(load)(sums + first), NAME(load)(sums + first + LANES), pair);
+        NAME(store)(channels + first, pair[0]);
+        NAME(store)(channels + first + LANES, pair[1]);
+    }
 #else
-    return task->is_widened ? d - in_chunk + (in_chunk % 2) * LANES + in_chunk / 2 : d;
+    if (!task->is_widened) {
+        memcpy(channels, sums, (size_t)task->value_columns * sizeof(float));
+        return;
+    }
+    for (int first = 0; first < task->value_columns; first += 2 * LANES)
+        for (int i = 0; i < LANES; i++) {
+            channels[first + 2 * i] = sums[first + i];
+            channels[first + 2 * i + 1] = sums[first + LANES + i];
+        }
 #endif
 }

@@ -16,6 +16,27 @@ INLINE void NAME(fetch)(const char *row, int bytes) {
     for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
 }
 
+/* Rows that are fetched in the course of other work, some lines now and then: all of them at once would fill the queue of fetches
+   that a core may have under way, and the work would wait for a memory that is idle in the rest. */
+struct NAME(fetches) {
+    const char *const *row, *const *end;
+    int bytes, at;         /* of a row, and of them those behind us */
+    int share, num_shares; /* num_shares / share calls of fetch_share fetch all of them */
+    int credit;            /* lines x num_shares that may be fetched by now and are not */
+};
+
+INLINE struct NAME(fetches) NAME(fetches_of)(const char *const *rows, int num_rows, int bytes, int share, int num_shares) {
+    return (struct NAME(fetches)){rows, rows + num_rows, bytes, 0, share * num_rows * ((bytes + 63) / 64), num_shares, 0};
+}
+
+INLINE void NAME(fetch_share)(struct NAME(fetches) *f) {
+    for (f->credit += f->share; f->credit > 0 && f->row < f->end; f->credit -= f->num_shares) {
+        __builtin_prefetch(*f->row + f->at, 0, 2);
+        f->at += 64;
+        if (f->at >= f->bytes) f->at = 0, f->row++;
+    }
+}
+
 #if PER_WORD == 1
 /* sums[row][key] += query row . key over 2 * LANES channels of bf16. Key by key, so that registers hold both halves of the
    queries and of one key; of all keys at once, sums would be spilled. */
@@ -76,23 +97,6 @@ static void TARGET NAME(dot_rows)(int is_widened, const float *query, int num_ro
         NAME(dot_rows_of)(0, query, num_rows, num_words, keys, num_keys, scores, stride, ahead, ahead_bytes);
 }
 
-/* Rows that are fetched in the course of several passes over as many others, a line now and then: all of them at once would
-   fill the queue of fetches that a core may have under way, and the first pass would wait for a memory that is idle in the rest. */
-struct NAME(fetches) {
-    const char *const *row, *const *end;
-    int bytes, at;          /* of a row, and of them those behind us */
-    int num_passes, credit; /* bytes x num_passes that may be fetched by now and are not */
-};
-
-/* Fetches what is due at FETCH_ROWS rows more. */
-INLINE void NAME(fetch_due)(struct NAME(fetches) *f) {
-    for (f->credit += FETCH_ROWS * f->bytes; f->credit > 0 && f->row < f->end; f->credit -= 64 * f->num_passes) {
-        __builtin_prefetch(*f->row + f->at, 0, 2);
-        f->at += 64;
-        if (f->at >= f->bytes) f->at = 0, f->row++;
-    }
-}
-
 INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights, int stride, const char *const *values,
                               int num_keys, int word, float *to, int to_stride, const float *factor, const float *unit,
                               struct NAME(fetches) *ahead) {
@@ -101,7 +105,7 @@ INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights,
         for (int v = 0; v < vectors; v++)
             sums[j][v] = IS_INTEGER ? (vf){0} : NAME(load)(to + j * to_stride + v * LANES) * factor[j];
     for (int k = 0; k < num_keys; k += PER_WORD) {
-        if (k % FETCH_ROWS == 0) NAME(fetch_due)(ahead);
+        if (k % FETCH_ROWS == 0) NAME(fetch_share)(ahead);
         vf column[4];
 #if PER_WORD == 2
         for (int v = 0; v < vectors; v += 2) {
@@ -136,7 +140,7 @@ INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_ro
     const int step = is_widened ? 2 : PER_WORD; /* vectors that one load makes */
     const int num_chunks = num_words / chunk + num_words % chunk / LANES * PER_WORD / step;
     const int num_passes = (num_rows + DOT_ROWS - 1) / DOT_ROWS * num_chunks;
-    struct NAME(fetches) fetches = {ahead, ahead + num_keys, ahead_bytes, 0, num_passes, 0};
+    struct NAME(fetches) fetches = NAME(fetches_of)(ahead, num_keys, ahead_bytes, FETCH_ROWS, num_passes * num_keys);
     for (int r = 0; r < num_rows; r += DOT_ROWS)
         for (int w = 0; w < num_words; w += chunk) {
             int vectors = num_words - w < chunk ? (num_words - w) / LANES * PER_WORD : 4;
@@ -153,7 +157,7 @@ INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_ro
 }
 
 /* sums[r][column] = sums[r][column] * factor[r] + weighted values, for a few rows, padded to DOT_ROWS. Values are read in place,
-   in pairs where a word is one; so columns come out in another order, which `column_of` undoes at the end. */
+   in pairs where a word is one; so columns come out in another order, which `in_order` undoes at the end. */
 static void TARGET NAME(weigh_rows)(int is_widened, const float *weights, int num_rows, int stride, const char *const *values,
                                     int num_keys, int num_words, float *sums, const float *factor, const float *unit,
                                     const char *const *ahead, int ahead_bytes) {
@@ -191,14 +195,15 @@ INLINE void NAME(gemm_tile)(int rows, int vectors, int depth, const float *a, in
 
 static void TARGET NAME(gemm_column)(int vectors, int num_rows, int depth, const float *a, int64_t a_stride,
                                      const float *b, int64_t b_stride, float *c, int64_t c_stride, const float *factor,
-                                     const float *weight) {
-#define REGISTER_TILE(ROWS, VECTORS) \
+                                     const float *weight, struct NAME(fetches) *ahead) {
+#define REGISTER_TILE(ROWS, VECTORS)                                                                          \
     NAME(gemm_tile)(ROWS, VECTORS, depth, a + r * a_stride, a_stride, b, b_stride, c + r * c_stride, c_stride, \
-                    factor ? factor + r : 0, weight ? weight + r : 0)
+                    factor ? factor + r : 0, weight ? weight + r : 0);                                         \
+    NAME(fetch_share)(ahead)
 #define ROWS_OF(VECTORS)                                              \
-    for (; r + GEMM_ROWS <= num_rows; r += GEMM_ROWS) REGISTER_TILE(GEMM_ROWS, VECTORS); \
-    for (; r + 4 <= num_rows && GEMM_ROWS > 4; r += 4) REGISTER_TILE(4, VECTORS);        \
-    for (; r < num_rows; r++) REGISTER_TILE(1, VECTORS)
+    for (; r + GEMM_ROWS <= num_rows; r += GEMM_ROWS) { REGISTER_TILE(GEMM_ROWS, VECTORS); } \
+    for (; r + 4 <= num_rows && GEMM_ROWS > 4; r += 4) { REGISTER_TILE(4, VECTORS); }        \
+    for (; r < num_rows; r++) { REGISTER_TILE(1, VECTORS); }
     int r = 0;
     if (vectors == GEMM_VECTORS) {
         ROWS_OF(GEMM_VECTORS);
@@ -213,11 +218,11 @@ static void TARGET NAME(gemm_column)(int vectors, int num_rows, int depth, const
    of as many begins b_panel floats behind the one before. */
 static void TARGET NAME(gemm)(int num_rows, int num_columns, int depth, const float *a, int64_t a_stride, const float *b,
                               int64_t b_stride, int64_t b_panel, float *c, int64_t c_stride, const float *factor,
-                              const float *weight) {
+                              const float *weight, struct NAME(fetches) *ahead) {
     const int panel = GEMM_VECTORS * LANES;
     int column = 0;
     for (; column + panel <= num_columns; column += panel, b += b_panel)
-        NAME(gemm_column)(GEMM_VECTORS, num_rows, depth, a, a_stride, b, b_stride, c + column, c_stride, factor, weight);
+        NAME(gemm_column)(GEMM_VECTORS, num_rows, depth, a, a_stride, b, b_stride, c + column, c_stride, factor, weight, ahead);
     for (; column < num_columns; column += LANES, b += LANES)
-        NAME(gemm_column)(1, num_rows, depth, a, a_stride, b, b_stride, c + column, c_stride, factor, weight);
+        NAME(gemm_column)(1, num_rows, depth, a, a_stride, b, b_stride, c + column, c_stride, factor, weight, ahead);
 }

@@ -58,55 +58,92 @@ INLINE void NAME(store_int16)(int16_t *to, vf x) {
 }
 #endif
 
-/* One row of products becomes weights, as words; `highest` and `total` move on; returns by what earlier sums shrink.
-   `weight`: what one unit of an integer weight stands for. */
-static float TARGET NAME(soften)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys,
-                                 int padded_keys, float factor, float *row, float *highest, float *total, float *weight) {
-    const struct attention_call *call = task->call;
-    const struct NAME(scratch) *s = task->scratch;
-    int low, high;
-    NAME(seen)(task, token, first_key, num_keys, &low, &high);
-    if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
-        factor *= ((const float *)call->key.scale)[(head / task->group) * call->key.scale_head_stride];
-    const int is_int8 = call->format == FORMAT_INT8;
-    const int is_plain = !(call->softcap > 0.0f) && !call->alibi_slopes && !call->tree_mask;
+/* A row of products as the scores of its keys: scaled, biased, and -infinity where a key is not seen. */
+static void TARGET NAME(score_row)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys, int padded_keys,
+                                   float factor, float *row) {
+    const int is_int8 = task->call->format == FORMAT_INT8;
     const vi lanes = NAME(lane_numbers)();
     const vf none = (vf){0} - INFINITY;
-    vf largest = none;
-    for (int k = low / LANES * LANES; k < high; k += LANES) {
-        vf x = NAME(load)(row + k) * factor;
-        if (is_int8) x *= NAME(load)(s->key_scales + k);
-        if (!is_plain) x = NAME(biased)(task, x, head, token, first_key + k, high - k);
-        if (k < low || k + LANES > high) x = NAME(select)((lanes >= low - k) & (lanes < high - k), x, none);
-        NAME(store)(row + k, x);
-        largest = NAME(larger)(x, largest);
-    }
-    float before = *highest, tile_highest = NAME(max_lanes)(largest), now = tile_highest > before ? tile_highest : before;
-    *highest = now;
-    float base = now == -INFINITY ? 0.0f : now;
-#ifdef INT16_DOT
-    /* Weights are int16 against the largest that this tile can have, so that tiles without a peak lose nothing. */
-    *weight = expf(tile_highest - base) * s->largest_value_scale / 32767.0f;
-    float per_weight = *weight > 0.0f ? 1.0f / *weight : 0.0f;
-#else
-    (void)weight;
-#endif
-    vf sum = (vf){0};
+    int low, high;
+    NAME(seen)(task, token, first_key, num_keys, &low, &high);
     for (int k = 0; k < padded_keys; k += LANES) {
-        vf p = (vf){0};
-        if (k < high && k + LANES > low) p = NAME(exp)(NAME(load)(row + k) - base);
-        sum += p;
-        if (is_int8) p *= NAME(load)(s->value_scales + k);
+        vf x = none;
+        if (k < high && k + LANES > low) {
+            x = NAME(load)(row + k) * factor;
+            if (is_int8) x *= NAME(load)(task->scratch->key_scales + k);
+            if (task->is_biased) x = NAME(biased)(task, x, head, token, first_key + k, high - k);
+            if (k < low || k + LANES > high) x = NAME(select)((lanes >= low - k) & (lanes < high - k), x, none);
+        }
+        NAME(store)(row + k, x);
+    }
+}
+
+/* The products of some rows become weights, as words: rows first_row to first_row + num_rows of a KV head, which `scores` holds.
+   `highest` and `total` move on. By what earlier sums shrink is left in `shrink`, what one unit of an integer weight stands for in
+   `weight`. Every step is done for all rows before the next: each is too short to fill a processor by itself. */
+static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int first_row, int num_rows, int first_key, int num_keys,
+                                int padded_keys, float *shrink, float *weight) {
+    const struct attention_call *call = task->call;
+    const struct NAME(scratch) *s = task->scratch;
+    const int64_t at = (int64_t)(kv_head - task->first_head) * task->padded_rows + first_row;
+    const int is_int8 = call->format == FORMAT_INT8;
+    float *highest = s->highest + at, *total = s->total + at;
+    float factor[ROW_BLOCK], largest[ROW_BLOCK + LANES], base[ROW_BLOCK + LANES];
+
+    float key_scale = call->scale;
+    if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
+        key_scale *= ((const float *)call->key.scale)[kv_head * call->key.scale_head_stride];
+    int low, high, ignored;
+    NAME(seen)(task, task->first + first_row / task->group, first_key, num_keys, &ignored, &high);
+    NAME(seen)(task, task->first + (first_row + num_rows - 1) / task->group, first_key, num_keys, &low, &ignored);
+    const int is_stored = task->is_biased || is_int8 || low > 0 || high < padded_keys;
+    for (int i = 0; i < num_rows; i++) {
+        float *row = s->scores + i * KEY_TILE;
+        factor[i] = key_scale * s->query_scales[at + i];
+        if (is_stored) {
+            NAME(score_row)(task, kv_head * task->group + (first_row + i) % task->group, task->first + (first_row + i) / task->group,
+                            first_key, num_keys, padded_keys, factor[i], row);
+            factor[i] = 1.0f;
+        }
+        vf most = (vf){0} - INFINITY;
+        for (int k = 0; k < padded_keys; k += LANES) most = NAME(larger)(NAME(load)(row + k) * factor[i], most);
+        largest[i] = NAME(max_lanes)(most);
+    }
+    for (int i = 0; i < num_rows; i++) {
+        float before = highest[i], now = largest[i] > before ? largest[i] : before;
+        highest[i] = now;
+        base[i] = now == -INFINITY ? 0.0f : now;
+        shrink[i] = before - base[i];
+    }
+    for (int i = 0; i < num_rows; i += LANES) {
+        NAME(store)(shrink + i, NAME(exp)(NAME(load)(shrink + i)));
+#ifdef INT16_DOT
+        /* Weights are int16 against the largest that this tile can have, so that tiles without a peak lose nothing. */
+        vf unit = NAME(exp)(NAME(load)(largest + i) - NAME(load)(base + i)) * (s->largest_value_scale / 32767.0f);
+        NAME(store)(weight + i, unit);
+#endif
+    }
+    for (int i = 0; i < num_rows; i++) {
+        float *row = s->scores + i * KEY_TILE;
+        float per_product = factor[i] * LOG2_E, offset = base[i] * LOG2_E;
+        vf sum = (vf){0};
+#ifdef INT16_DOT
+        float per_weight = weight[i] > 0.0f ? 1.0f / weight[i] : 0.0f;
+#endif
+        for (int k = 0; k < padded_keys; k += LANES) {
+            vf p = NAME(exp2)(NAME(load)(row + k) * per_product - offset);
+            sum += p;
+            if (is_int8) p *= NAME(load)(s->value_scales + k);
             /* Words of pairs are half as wide as scores: they are written behind the reads. */
 #if defined(BF16_DOT)
-        _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+            _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
 #elif defined(INT16_DOT)
-        NAME(store_int16)((int16_t *)row + k, p * per_weight);
+            NAME(store_int16)((int16_t *)row + k, p * per_weight);
 #else
-        NAME(store)(row + k, p);
+            NAME(store)(row + k, p);
 #endif
+        }
+        total[i] = total[i] * shrink[i] + NAME(sum_lanes)(sum);
     }
-    float shrink = before == now ? 1.0f : before == -INFINITY ? 0.0f : expf(before - base);
-    *total = *total * shrink + NAME(sum_lanes)(sum);
-    return shrink;
+    (void)weight;
 }

@@ -74,6 +74,7 @@ struct NAME(task) {
     int key_words, value_words, value_columns; /* words of a key; words and floats of a padded value row */
     int query_offset, first_draft; /* position of query token t is t + query_offset; that of its sequence's first */
     int is_few;
+    int is_biased; /* scores are more than scaled products */
     int is_widened; /* bf16 read in place where words are floats: channels come as the even ones and the odd ones of a chunk */
 };
 

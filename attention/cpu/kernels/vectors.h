@@ -15,7 +15,15 @@ INLINE vf NAME(load)(const void *from) { return *(const NAME(vf_unaligned) *)fro
 INLINE void NAME(store)(void *to, vf x) { *(NAME(vf_unaligned) *)to = x; }
 INLINE vf NAME(splat)(const float *x) { return (vf)(*(const int32_alias *)x - (vi){0}); } /* bits: a word may be no float */
 INLINE vf NAME(select)(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf NAME(larger)(vf a, vf b) { return NAME(select)(a > b, a, b); }
+INLINE vf NAME(larger)(vf a, vf b) { /* b where either is NaN */
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return NAME(select)(a > b, a, b);
+#endif
+}
 INLINE vi NAME(lane_numbers)(void) {
     vi lanes;
     for (int i = 0; i < LANES; i++) lanes[i] = i;
@@ -78,22 +86,32 @@ INLINE float NAME(max_lanes)(vf x) {
 }
 #endif
 
-/* e^x for x <= 0 (and a little above), 0 below -87. 2^n * 2^f with f in [-0.5, 0.5] and a polynomial for 2^f whose
-   coefficients are those of the series of e^(f ln 2) to the seventh term: relative error below 2e-7. */
-INLINE vf NAME(exp)(vf x) {
-    vf t = x * 1.44269504088896341f;
-    vf rounded = t + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
-    vu n = (vu)rounded - 0x4B400000u; /* wraps where x is out of range, which is seen to below */
-    vf f = t - (rounded - 12582912.0f);
-    vf p = f * 1.5403530e-4f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
+/* 2^x for x <= 0 (and a little above): 2^n * 2^f, with a polynomial for 2^f whose largest relative error is as small as its
+   degree allows: 2e-7 with all roundings. 0 for -infinity, and below 2^-126 or 2^-150. */
+INLINE vf NAME(exp2)(vf x) {
+#if LANES == 16
+    vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); /* in [0, 1); 0 of an infinity */
+    vf p = f * 1.86713005e-03f + 9.01703071e-03f;
+    p = p * f + 5.57999127e-02f;
+    p = p * f + 2.40164444e-01f;
+    p = p * f + 6.93151295e-01f;
     p = p * f + 1.0f;
-    vf y = (vf)((vu)p + (n << 23));
-    return NAME(select)(x >= -87.0f, y, NAME(select)(x < -87.0f, (vf){0}, x)); /* NaN stays NaN */
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x); /* 2^floor(x) times as much */
+#else
+    vf shifted = x + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the nearest integer */
+    vf f = x - (shifted - 12582912.0f); /* in [-0.5, 0.5] */
+    vf p = f * 1.32647273e-03f + 9.67151299e-03f;
+    p = p * f + 5.55073358e-02f;
+    p = p * f + 2.40222424e-01f;
+    p = p * f + 6.93147004e-01f;
+    p = p * f + 1.0f;
+    vf y = (vf)((vu)p + ((vu)shifted << 23));
+    return (vf)((vi)y & ~(x <= -126.0f)); /* NaN stays NaN */
+#endif
 }
+
+#define LOG2_E 1.44269504088896341f
+INLINE vf NAME(exp)(vf x) { return NAME(exp2)(x * LOG2_E); }
 
 /* Exact for |x| small enough to matter: 1 - 2 / (e^2|x| + 1), with x's sign. */
 INLINE vf NAME(tanh)(vf x) {
@@ -146,6 +164,17 @@ INLINE void NAME(interleave)(vf a, vf b, vf to[2]) {
 #else
     to[0] = (vf)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
     to[1] = (vf)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+/* Columns that `interleave` left out of order, as the sums of products with both halves: brought back. */
+INLINE void NAME(in_place)(vf a, vf b, vf to[2]) {
+#if LANES == 16
+    vf low = (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), high = (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE);
+    to[0] = (vf)_mm512_shuffle_f32x4((__m512)low, (__m512)low, 0xD8);
+    to[1] = (vf)_mm512_shuffle_f32x4((__m512)high, (__m512)high, 0xD8);
+#else
+    to[0] = (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20);
+    to[1] = (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31);
 #endif
 }
 #endif
