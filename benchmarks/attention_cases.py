@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagedkv.attention import CacheFormat, format_of, scale_shape, write_kv
 from pagedkv.attention.formats import dequantize
+from pagedkv.storage.host_memory import zero_bytes
 
 # Well above any last-level cache of the machines this runs on (32 MB): copies of keys and values that are read in turn.
 ROTATED_BYTES = 256 << 20
@@ -206,13 +207,18 @@ def _empty(case: Case, num_blocks: int, dim: int, dtype: torch.dtype, is_hnd: bo
     stored = dim // 2 if cache_format is CacheFormat.INT4 else dim
     heads = case.heads[1]
     if is_hnd:
-        cache = torch.zeros(num_blocks, heads, case.block_size, stored, dtype=dtype).transpose(1, 2)
+        cache = zeros((num_blocks, heads, case.block_size, stored), dtype).transpose(1, 2)
     else:
-        cache = torch.zeros(num_blocks, case.block_size, heads, stored, dtype=dtype)
+        cache = zeros((num_blocks, case.block_size, heads, stored), dtype)
     shape = scale_shape(cache_format, num_blocks, case.block_size, heads, dim)
     if shape is None:
         return cache, None
     return cache, torch.ones(shape, dtype=torch.bfloat16 if cache_format is CacheFormat.INT4 else torch.float32)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory such as `KVStorage` has: in huge pages where the system gives them. All operators' keys and values lie in such."""
+    return zero_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 @functools.cache
@@ -225,7 +231,7 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     """Normal numbers, repeated where there are many: drawing a gigabyte anew would take longer than all the timing."""
     base = _base(dtype).roll(7919 * (seed + 1))
     count = math.prod(shape)
-    out = torch.empty(count, dtype=dtype)
+    out = zeros((count,), dtype)
     for start in range(0, count, len(base)):
         end = min(start + len(base), count)
         out[start:end] = base[: end - start]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from attention_cases import Data
+from attention_cases import Data, zeros
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -160,7 +160,7 @@ class VllmCpu:
         num_blocks = sum(-(-length // VLLM_BLOCK_SIZE) for _, length in case.lens)
         caches = []
         for keys, values in data.copies:
-            both = torch.zeros(num_blocks, kv_heads, 2 * VLLM_BLOCK_SIZE, dim, dtype=case.dtype).chunk(2, dim=2)
+            both = zeros((num_blocks, kv_heads, 2 * VLLM_BLOCK_SIZE, dim), case.dtype).chunk(2, dim=2)
             new = (torch.cat([part[0].transpose(0, 1) for part in parts]).contiguous() for parts in (keys, values))
             self.ops.cpu_attn_reshape_and_cache(*new, *both, slots, isa, 1.0, 1.0, "auto")
             caches.append(both)

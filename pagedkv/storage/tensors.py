@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from pagedkv.config import CacheConfig
 from pagedkv.errors import ConfigError, InvalidArgumentError
 from pagedkv.kv_spec import KVSpec
 from pagedkv.storage.files import SavedBlocks, read_file, write_file
+from pagedkv.storage.host_memory import pinned_zero_bytes, unpin, zero_bytes
 from pagedkv.storage.moves import BlockMoves, Run, checked_block_ids, checked_distinct, checked_runs, runs_of
 from pagedkv.storage.views import LayerViews, Layout, layer_views
 
@@ -25,7 +27,6 @@ __all__ = ["KVStorage", "Where", "ZeroOn"]
 ZeroOn = Literal["free", "alloc", "never"]
 Where = Literal["device", "host"]
 
-PAGE_BYTES = 4096
 # torch divides a longer copy among threads (at::internal::GRAIN_SIZE). A thousand such copies meet at a thousand
 # barriers: on two busy cores this took 100 times as long as one thread takes alone.
 GRAIN_WORDS = 32768
@@ -70,7 +71,7 @@ class KVStorage:
 
         What is zeroed by default cannot depend on who shares it, which only `for_cache` is told.
 
-        Raises ConfigError; torch's own error if the memory cannot be had.
+        Raises ConfigError; on a GPU torch's own error if the memory cannot be had, else MemoryError.
         """
         try:
             self.num_blocks = as_int("num_blocks", num_blocks, at_least=1, at_most=MAX_NUM_BLOCKS)
@@ -95,14 +96,13 @@ class KVStorage:
         self._stream: torch.cuda.Stream | None = None
         # An engine may build its storage in inference mode; the tensors must be writable outside of it as well.
         with torch.inference_mode(False):
-            self._buffers: dict[Where, Tensor] = {
-                "device": torch.zeros((self.num_blocks, spec.bytes_per_block), dtype=torch.uint8, device=device)
-            }
+            shape, host_shape = ((n, spec.bytes_per_block) for n in (self.num_blocks, self.num_host_blocks))
+            self._buffers: dict[Where, Tensor] = {}
             if device.type == "cpu":
-                self._buffers["host"] = torch.zeros(
-                    (self.num_host_blocks, spec.bytes_per_block), dtype=torch.uint8, device="cpu"
-                )
+                self._buffers["device"] = zero_bytes(math.prod(shape)).view(shape)
+                self._buffers["host"] = zero_bytes(math.prod(host_shape)).view(host_shape)
             else:
+                self._buffers["device"] = torch.zeros(shape, dtype=torch.uint8, device=device)
                 self._start_cuda()
             self._layers = layer_views(self._buffers["device"], spec, layout)
             num_zeros = spec.bytes_per_block // WORD_BYTES if zero_on == "alloc" else 0
@@ -134,10 +134,10 @@ class KVStorage:
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         # Freed memory must not be given away while the side stream still works on it.
         self._buffers["device"].record_stream(self._stream)
-        pages = _pinned_pages(self.num_host_blocks * self.spec.bytes_per_block)
-        if len(pages):
-            weakref.finalize(self, _unpin, pages, self.device).atexit = False
         num_bytes = self.num_host_blocks * self.spec.bytes_per_block
+        pages = pinned_zero_bytes(num_bytes)
+        if len(pages):
+            weakref.finalize(self, unpin, pages, self.device).atexit = False
         self._buffers["host"] = pages[:num_bytes].view(self.num_host_blocks, self.spec.bytes_per_block)
 
     def __repr__(self) -> str:
@@ -340,28 +340,3 @@ class KVStorage:
         if self._stream is not None and where == "host":
             self._stream.synchronize()
         return self._buffers[where]
-
-
-def _pinned_pages(num_bytes: int) -> Tensor:
-    """At least `num_bytes` zero bytes of page-locked host memory, in whole pages.
-
-    Not by `pin_memory=True`: torch's allocator rounds up to a power of two, up to twice what was asked for
-    (pytorch/pytorch#95823). Whole pages of our own, because a page that is registered twice is an error.
-    """
-    memory = torch.zeros(num_bytes + 2 * PAGE_BYTES, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % PAGE_BYTES
-    pages = memory[start : start + cdiv(num_bytes, PAGE_BYTES) * PAGE_BYTES]
-    if len(pages):
-        status = int(_cudart().cudaHostRegister(pages.data_ptr(), len(pages), 0))
-        if status:
-            raise RuntimeError(f"CUDA cannot page-lock {len(pages)} bytes of host memory: error {status}")
-    return pages
-
-
-def _unpin(pages: Tensor, device: torch.device) -> None:
-    torch.cuda.synchronize(device)
-    _cudart().cudaHostUnregister(pages.data_ptr())
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

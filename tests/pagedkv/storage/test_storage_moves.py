@@ -19,8 +19,7 @@ from storage_contents import (
 )
 
 from pagedkv import BlockCopies, CacheConfig, KVCacheManager
-from pagedkv.storage import KVStorage, Moves
-from pagedkv.storage import tensors as storage_tensors
+from pagedkv.storage import KVStorage, Moves, host_memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -140,12 +139,21 @@ def test_the_whole_pieces_that_cuda_is_given_mean_the_same(plan: Moves) -> None:
     assert_same(contents(storage), carried_out(before, plan.swaps_out, plan.copies, plan.swaps_in))
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 5_000_000])
+def test_memory_of_the_host_begins_where_a_huge_page_does(num_bytes: int) -> None:
+    memory = host_memory.zero_bytes(num_bytes)
+
+    assert len(memory) == num_bytes
+    assert memory.data_ptr() % (2 << 20) == 0 or num_bytes == 0
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("num_bytes", [1, 4096, 4097, 100_000])
 def test_pinned_memory_is_whole_pages_that_nobody_else_has(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     runtime = FakeRuntime(status=0)
-    monkeypatch.setattr(storage_tensors, "_cudart", lambda: runtime)
+    monkeypatch.setattr(host_memory, "_cudart", lambda: runtime)
 
-    pages = storage_tensors._pinned_pages(num_bytes)
+    pages = host_memory.pinned_zero_bytes(num_bytes)
 
     assert runtime.registered == [(pages.data_ptr(), len(pages))]
     assert pages.data_ptr() % 4096 == len(pages) % 4096 == 0
@@ -155,10 +163,10 @@ def test_pinned_memory_is_whole_pages_that_nobody_else_has(monkeypatch: pytest.M
 
 
 def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_tensors, "_cudart", lambda: FakeRuntime(status=2))
+    monkeypatch.setattr(host_memory, "_cudart", lambda: FakeRuntime(status=2))
 
     with pytest.raises(RuntimeError, match="CUDA cannot page-lock 4096 bytes of host memory: error 2"):
-        storage_tensors._pinned_pages(10)
+        host_memory.pinned_zero_bytes(10)
 
 
 class FakeRuntime:
