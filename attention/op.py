@@ -99,7 +99,7 @@ def paged_attention(
     results have no gradient, whatever `requires_grad` says.
 
     query:           (tokens, q_heads, head_dim), the sequences' tokens one after the other
-    key_cache:       (blocks, block_size, kv_heads, head_dim), any strides with contiguous heads: NHD and HND, which an AVX2
+    key_cache:       (blocks, block_size, kv_heads, head_dim), any strides with contiguous heads: NHD and HND, which a
                      processor reads 1.2 to 1.5 times as fast
     value_cache:     the same with value_dim; may be a view of key_cache (MLA: key_cache[..., :512])
     block_tables:    (seqs, max_blocks) int32; entries that no query sees may hold anything

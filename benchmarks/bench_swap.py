@@ -141,7 +141,12 @@ def read_rows(device: torch.device | str) -> list[Row]:
     for pair in block_major:
         for view in pair:
             view.normal_()
-    layer_major = [tuple(view.contiguous() for view in pair) for pair in block_major]
+    # A storage of its own for each layer: the same layout and memory, blocks as near to each other as they can be.
+    one_layer = [KVStorage(KVSpec(1, 8, 128), num_blocks, device) for _ in block_major]
+    layer_major = [(storage.key_cache(0), storage.value_cache(0)) for storage in one_layer]
+    for pair, others in zip(layer_major, block_major, strict=True):
+        for view, other in zip(pair, others, strict=True):
+            view.copy_(other)
     table = torch.from_numpy(rng.permutation(num_blocks).reshape(num_seqs, -1).astype(np.int32)).to(device)
     lengths = torch.full((num_seqs,), num_blocks_each * spec.block_size, dtype=torch.int32, device=device)
     starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
