@@ -43,4 +43,4 @@ def test_the_wheel_holds(wheel: zipfile.ZipFile, path: str) -> None:
 
 
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
-    assert Path(wheel.filename or "").stat().st_size < 1_000_000
+    assert Path(wheel.filename or "").stat().st_size < 800_000
