@@ -81,11 +81,12 @@ def machine() -> dict[str, str]:
 
 
 def with_instruction_set(name: str) -> str:
-    """The name of results that depend on it: as it is on processors with AVX-512, else with the set of the C kernel in it."""
+    """The name of results that depend on it: as it is with AVX-512 alone, else with the set of the C kernel in it."""
     from pagedkv.attention.cpu.backend import CPUBackend  # Most benchmarks need no torch.
 
     backend = CPUBackend()
-    best = "torch" if backend.unavailable() else backend.kernel.in_use[-1]
+    sets = ["torch"] if backend.unavailable() else backend.kernel.in_use
+    best = "amx" if "amx" in sets else sets[-1]
     return name if best == "avx512" else f"{name}_{best}"
 
 

@@ -25,7 +25,7 @@ from pagedkv.attention.cpu.library import AttentionCallC, Kernel
 
 HAS_COMPILER = build.can_compile()
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
-SETS = ("avx512vnni", "avx512bf16", "avx512", "avx2int16", "avx2", "plain", "neon")
+SETS = ("amx", "avx512vnni", "avx512bf16", "avx512", "avx2int16", "avx2", "plain", "neon")
 
 
 @pytest.fixture
@@ -60,6 +60,11 @@ CASES = {
         causal=False, window=(30, 2), has_sinks=True, has_alibi=True,
     ),
     "many rows of one head": Batch(lens=((1, 600), (3, 130)), group=32, head_dim=192, value_dim=128, has_sinks=True),
+    "tiles of keys that are full, begun, and seen by some rows": Batch(
+        lens=((70, 1100), (33, 545), (17, 257), (1, 700)), num_kv_heads=2, group=2, head_dim=64, value_dim=96,
+        window=(600, None), has_sinks=True,
+    ),
+    "many rows of several heads": Batch(lens=((1, 300), (2, 90)), num_kv_heads=3, group=24, head_dim=64, value_dim=64),
     "latent": Batch(lens=((1, 300), (2, 33)), group=16, head_dim=576, value_dim=512, layout="latent"),
     "tree": Batch(lens=((5, 50), (33, 80)), num_kv_heads=2, group=2, has_tree_mask=True),
 }  # fmt: skip
@@ -354,3 +359,32 @@ def test_a_library_whose_structures_differ_is_refused(empty_cache: Path, monkeyp
 
     with pytest.raises(OSError, match="bytes, ours has"):
         Kernel(find_kernel())
+
+
+def test_products_of_others_on_the_same_thread_are_left_right(kernel: Kernel) -> None:
+    """Tile registers are configured per thread: ours must not be found by torch's products, nor theirs by us."""
+    batch = dataclasses.replace(MIXED, dtype="bfloat16")
+    matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with one_thread():
+        before = matrix @ matrix
+        check(batch, *batch.call("cpu"))
+        between = matrix @ matrix
+        check(batch, *batch.call("cpu"))
+
+    assert torch.equal(before, between)
+
+
+def test_tile_registers_serve_many_rows_of_bf16_only(kernel: Kernel) -> None:
+    """A decode of int8 is faster with products of integers: it must not follow the prefill chunks."""
+    if "amx" not in kernel.instruction_sets or "avx512vnni" not in kernel.instruction_sets:
+        pytest.skip("this processor has no tile registers")
+    results = {}
+    for lens in (((1, 300),), ((40, 300),)):
+        batch = dataclasses.replace(MIXED, dtype="bfloat16", cache="int8", lens=lens)
+        for name in ("amx", "avx512vnni"):
+            kernel.instruction_set = name
+            with one_thread():
+                results[lens, name] = batch.call("cpu")[0]
+
+    assert torch.equal(results[((1, 300),), "amx"], results[((1, 300),), "avx512vnni"])
+    assert not torch.equal(results[((40, 300),), "amx"], results[((40, 300),), "avx512vnni"])

@@ -5,14 +5,6 @@
    in place and walks all heads of a tile before the next tile, so that memory is read in order. A task of many rows
    (a prefill chunk) has one head, and lays each tile out once for all its rows. */
 
-/* Rows of one head that will be read soon; where there are fewer than num_wanted, a place that costs nothing. */
-static void TARGET NAME(rows_ahead)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head, int num_rows,
-                                    int num_wanted, const char **ahead) {
-    int64_t offset = head * cache->head_stride * ELEMENT_BYTES(task->call);
-    for (int i = 0; i < num_wanted + DOT_KEYS; i++)
-        ahead[i] = i < num_rows ? rows[i] + offset : (const char *)task->scratch->zeros;
-}
-
 /* One tile of keys for one head: scores, weights, and the weighted sum of values. */
 static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys, int which,
                                      int num_next) {
@@ -24,7 +16,6 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     float *sums = s->sums + row_base * task->value_columns;
     const char *keys[KEY_TILE + DOT_KEYS], *values[KEY_TILE + DOT_KEYS], *ahead[KEY_TILE + DOT_KEYS];
     const char *values_ahead[KEY_TILE + DOT_KEYS];
-    int padded_keys = (num_keys + LANES - 1) / LANES * LANES;
 
     NAME(words_of_head)(task, &call->key, s->keys[which], kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
     for (int i = 0; i < DOT_KEYS; i++) keys[num_keys + i] = (const char *)s->zeros;
@@ -51,18 +42,16 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
         int num_rows = task->rows - r < ROW_BLOCK ? task->rows - r : ROW_BLOCK;
-        int first_token = task->first + r / task->group, last_token = task->first + (r + num_rows - 1) / task->group;
-        int low, high, ignored;
-        NAME(seen)(task, first_token, first_key, num_keys, &low, &ignored);
-        NAME(seen)(task, last_token, first_key, num_keys, &ignored, &high);
-        if (low >= high) continue; /* none of these rows sees any of these keys */
-        int num_seen = high, seen_depth = (high + PER_WORD - 1) / PER_WORD;
-        int seen_padded = (high + LANES - 1) / LANES * LANES;
+        struct NAME(block) block = {.first_row = r, .num_rows = num_rows, .first_key = first_key, .num_keys = num_keys,
+                                    .scores = s->scores, .stride = KEY_TILE,
+                                    .key_scales = s->key_scales, .value_scales = s->value_scales};
+        int num_seen = NAME(keys_seen)(task, &block);
+        if (!num_seen) continue;
+        block.padded_keys = ((task->is_few ? num_keys : num_seen) + LANES - 1) / LANES * LANES;
         if (task->is_few) {
             NAME(dot_rows)(task->is_widened, query + (int64_t)r * task->key_words,
                            (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS, task->key_words, keys, num_keys, s->scores, KEY_TILE,
                            ahead, value_bytes);
-            seen_padded = padded_keys;
         } else {
             const int panel = GEMM_VECTORS * LANES;
             for (int first = 0; first < num_seen; first += panel) {
@@ -80,7 +69,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             }
         }
         float shrink[ROW_BLOCK + LANES], weight[ROW_BLOCK + LANES];
-        NAME(soften)(task, kv_head, r, num_rows, first_key, num_keys, seen_padded, shrink, weight);
+        NAME(soften)(task, kv_head, &block, shrink, weight, NULL);
         if (!are_values_ready) {
             int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
@@ -100,8 +89,8 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             NAME(weigh_rows)(task->is_widened, s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink,
                              weight, ahead, key_bytes);
         } else {
-            NAME(gemm)(num_rows, task->value_columns, seen_depth, s->scores, KEY_TILE, s->value_tile, VALUE_STRIDE(task), VALUE_PANEL,
-                       sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight, &value_fetches);
+            NAME(gemm)(num_rows, task->value_columns, (num_seen + PER_WORD - 1) / PER_WORD, s->scores, KEY_TILE, s->value_tile,
+                       VALUE_STRIDE(task), VALUE_PANEL, sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight, &value_fetches);
         }
     }
 }
@@ -207,27 +196,34 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     };
     task.rows = (task.end - task.first) * task.group;
     if (!task.rows) return;
-    task.padded_rows = (task.rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
+    task.is_few = task.rows <= MAX_FEW_ROWS;
+    task.has_tiles = scratch->has_tiles && !task.is_few;
+    const int step = task.has_tiles ? TILE_PAIR : DOT_ROWS;
+    task.padded_rows = (task.rows + step - 1) / step * step;
     task.key_words = NAME(words)(call->key.dim);
     task.value_words = NAME(words)(call->value.dim);
     task.value_columns = task.value_words * PER_WORD;
     task.query_offset = call->seq_lens[task.seq] - call->query_start_loc[task.seq + 1];
     task.first_draft = task.query_offset + call->query_start_loc[task.seq];
-    task.is_few = task.rows <= MAX_FEW_ROWS;
     task.is_widened = NAME(widens)(call);
     task.is_biased = call->softcap > 0.0f || call->alibi_slopes || call->tree_mask;
     int64_t rows = (int64_t)(end_head - first_head) * task.padded_rows;
     for (int64_t i = 0; i < rows; i++) scratch->highest[i] = -INFINITY, scratch->total[i] = 0.0f;
     memset(scratch->sums, 0, rows * task.value_columns * sizeof(float));
     NAME(load_queries)(&task);
-    int tile = task.is_few ? FEW_TILE : KEY_TILE;
+    int tile = task.is_few ? FEW_TILE : scratch->laid_keys;
     int num_keys = task.end_key - task.first_key < tile ? task.end_key - task.first_key : tile, which = 0;
     NAME(find_rows)(&task, task.first_key, num_keys, scratch->keys[0], scratch->values[0]);
     for (int key = task.first_key; key < task.end_key; key += tile, which = !which) {
         int next = key + tile, num_next = task.end_key - next < tile ? task.end_key - next : tile;
         if (num_next < 0) num_next = 0;
         NAME(find_rows)(&task, next, num_next, scratch->keys[!which], scratch->values[!which]);
-        for (int h = first_head; h < end_head; h++) NAME(attend_tile)(&task, h, key, num_keys, which, num_next);
+        for (int h = first_head; h < end_head; h++)
+#ifdef HAS_TILES
+            if (task.has_tiles) NAME(attend_by_tiles)(&task, h, key, num_keys, which, num_next);
+            else
+#endif
+            NAME(attend_tile)(&task, h, key, num_keys, which, num_next);
         num_keys = num_next;
     }
     for (int h = first_head; h < end_head; h++)

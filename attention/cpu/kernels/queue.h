@@ -1,8 +1,8 @@
 /* What a thread does: take units of work until there are none. Included once per instruction set after attend.h. */
 
-static int64_t NAME(scratch_bytes)(const struct attention_call *call, int64_t rows) {
+static int64_t NAME(scratch_bytes)(const struct attention_call *call, int64_t rows, int has_tiles) {
     struct NAME(scratch) ignored;
-    return NAME(divide_scratch)(&ignored, call, rows, NULL);
+    return NAME(divide_scratch)(&ignored, call, rows, has_tiles, NULL);
 }
 
 /* Units: each prefill task for one KV head, longest first; then each decode task for all heads, which fill the gaps. */
@@ -11,7 +11,7 @@ static void TARGET NAME(run)(void *argument) {
     const struct attention_call *call = job->call;
     struct NAME(scratch) scratch;
     char *memory = job->memory + atomic_fetch_add(&job->next_thread, 1) * job->bytes;
-    NAME(divide_scratch)(&scratch, call, job->widest, memory);
+    NAME(divide_scratch)(&scratch, call, job->widest, job->has_tiles, memory);
     memset(scratch.zeros, 0, (NAME(words)(call->key.dim) + NAME(words)(call->value.dim)) * sizeof(float));
 #ifdef BF16_DOT
     if (call->format != FORMAT_FLOAT && call->format != FORMAT_INT4) NAME(fill_table)(call->format, scratch.table);
@@ -26,20 +26,5 @@ static void TARGET NAME(run)(void *argument) {
         } else {
             NAME(attend)(call, unit - num_prefill, 0, (int)num_heads, &scratch);
         }
-    }
-}
-
-static void TARGET NAME(merge)(void *argument) {
-    struct job *job = argument;
-    const struct attention_call *call = job->call;
-    for (;;) {
-        int64_t i = atomic_fetch_add(&job->next, 1);
-        if (i >= call->num_merges) break;
-        const int32_t *column = call->merges + i;
-        int64_t first = column[0], end = column[call->num_merges];
-        int64_t part = column[2 * call->num_merges], num_splits = column[3 * call->num_merges];
-        for (int64_t token = first; token < end; token++)
-            for (int head = 0; head < call->num_q_heads; head++)
-                NAME(merge_row)(call, part + token - first, num_splits, end - first, token, head);
     }
 }

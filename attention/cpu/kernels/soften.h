@@ -13,6 +13,14 @@ INLINE void NAME(seen)(const struct NAME(task) *task, int token, int first_key, 
     *low = from > *high ? *high : (int)from;
 }
 
+/* How many keys of a tile any row of a block sees, from the first on; 0 if none. */
+INLINE int NAME(keys_seen)(const struct NAME(task) *task, const struct NAME(block) *b) {
+    int low, high, ignored;
+    NAME(seen)(task, task->first + b->first_row / task->group, b->first_key, b->num_keys, &low, &ignored);
+    NAME(seen)(task, task->first + (b->first_row + b->num_rows - 1) / task->group, b->first_key, b->num_keys, &ignored, &high);
+    return low < high ? high : 0;
+}
+
 /* A vector of products becomes scores: soft-cap, ALiBi, and what the tree hides. */
 INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token, int key, int num_left) {
     const struct attention_call *call = task->call;
@@ -33,7 +41,7 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
 
 /* The first key of a tile that a tree mask may hide; beyond any tile where there is no mask. */
 INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
-    if (!task->call->tree_mask) return KEY_TILE;
+    if (!task->call->tree_mask) return INT32_MAX;
     return task->first_draft > first_key ? task->first_draft - first_key : 0;
 }
 
@@ -59,33 +67,42 @@ INLINE void NAME(store_int16)(int16_t *to, vf x) {
 #endif
 
 /* A row of products as the scores of its keys: scaled, biased, and -infinity where a key is not seen. */
-static void TARGET NAME(score_row)(const struct NAME(task) *task, int head, int token, int first_key, int num_keys, int padded_keys,
-                                   float factor, float *row) {
+static void TARGET NAME(score_row)(const struct NAME(task) *task, const struct NAME(block) *b, int head, int token, float factor,
+                                   float *row) {
     const int is_int8 = task->call->format == FORMAT_INT8;
     const vi lanes = NAME(lane_numbers)();
     const vf none = (vf){0} - INFINITY;
     int low, high;
-    NAME(seen)(task, token, first_key, num_keys, &low, &high);
-    for (int k = 0; k < padded_keys; k += LANES) {
+    NAME(seen)(task, token, b->first_key, b->num_keys, &low, &high);
+    for (int k = 0; k < b->padded_keys; k += LANES) {
         vf x = none;
         if (k < high && k + LANES > low) {
             x = NAME(load)(row + k) * factor;
-            if (is_int8) x *= NAME(load)(task->scratch->key_scales + k);
-            if (task->is_biased) x = NAME(biased)(task, x, head, token, first_key + k, high - k);
+            if (is_int8) x *= NAME(load)(b->key_scales + k);
+            if (task->is_biased) x = NAME(biased)(task, x, head, token, b->first_key + k, high - k);
             if (k < low || k + LANES > high) x = NAME(select)((lanes >= low - k) & (lanes < high - k), x, none);
         }
         NAME(store)(row + k, x);
     }
 }
 
-/* The products of some rows become weights, as words: rows first_row to first_row + num_rows of a KV head, which `scores` holds.
-   `highest` and `total` move on. By what earlier sums shrink is left in `shrink`, what one unit of an integer weight stands for in
-   `weight`. Every step is done for all rows before the next: each is too short to fill a processor by itself. */
-static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int first_row, int num_rows, int first_key, int num_keys,
-                                int padded_keys, float *shrink, float *weight) {
+#ifdef HAS_TILES
+#define SHARES_OF_ROW 4 /* how the time that a row takes is divided between the two loops */
+#define WORK_SHARE(share) \
+    if (work) NAME(work_share)(work, share)
+#else
+#define WORK_SHARE(share)
+#endif
+
+/* The products of a block become weights, as words. `highest` and `total` move on. By what earlier sums shrink is left in `shrink`,
+   what one unit of an integer weight stands for in `weight`. Every step is done for all rows before the next: each is too short to
+   fill a processor by itself. Meanwhile `work` is done, most of it. */
+static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, const struct NAME(block) *b, float *shrink, float *weight,
+                                struct NAME(tile_work) *work) {
     const struct attention_call *call = task->call;
     const struct NAME(scratch) *s = task->scratch;
-    const int64_t at = (int64_t)(kv_head - task->first_head) * task->padded_rows + first_row;
+    const int num_rows = b->num_rows, padded_keys = b->padded_keys;
+    const int64_t at = (int64_t)(kv_head - task->first_head) * task->padded_rows + b->first_row;
     const int is_int8 = call->format == FORMAT_INT8;
     float *highest = s->highest + at, *total = s->total + at;
     float factor[ROW_BLOCK], largest[ROW_BLOCK + LANES], base[ROW_BLOCK + LANES];
@@ -94,20 +111,21 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int 
     if (call->key.scale && (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2))
         key_scale *= ((const float *)call->key.scale)[kv_head * call->key.scale_head_stride];
     int low, high, ignored;
-    NAME(seen)(task, task->first + first_row / task->group, first_key, num_keys, &ignored, &high);
-    NAME(seen)(task, task->first + (first_row + num_rows - 1) / task->group, first_key, num_keys, &low, &ignored);
+    NAME(seen)(task, task->first + b->first_row / task->group, b->first_key, b->num_keys, &ignored, &high);
+    NAME(seen)(task, task->first + (b->first_row + num_rows - 1) / task->group, b->first_key, b->num_keys, &low, &ignored);
     const int is_stored = task->is_biased || is_int8 || low > 0 || high < padded_keys;
     for (int i = 0; i < num_rows; i++) {
-        float *row = s->scores + i * KEY_TILE;
+        float *row = b->scores + i * b->stride;
         factor[i] = key_scale * s->query_scales[at + i];
         if (is_stored) {
-            NAME(score_row)(task, kv_head * task->group + (first_row + i) % task->group, task->first + (first_row + i) / task->group,
-                            first_key, num_keys, padded_keys, factor[i], row);
+            NAME(score_row)(task, b, kv_head * task->group + (b->first_row + i) % task->group,
+                            task->first + (b->first_row + i) / task->group, factor[i], row);
             factor[i] = 1.0f;
         }
         vf most = (vf){0} - INFINITY;
         for (int k = 0; k < padded_keys; k += LANES) most = NAME(larger)(NAME(load)(row + k) * factor[i], most);
         largest[i] = NAME(max_lanes)(most);
+        WORK_SHARE(1);
     }
     for (int i = 0; i < num_rows; i++) {
         float before = highest[i], now = largest[i] > before ? largest[i] : before;
@@ -124,7 +142,7 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int 
 #endif
     }
     for (int i = 0; i < num_rows; i++) {
-        float *row = s->scores + i * KEY_TILE;
+        float *row = b->scores + i * b->stride;
         float per_product = factor[i] * LOG2_E, offset = base[i] * LOG2_E;
         vf sum = (vf){0};
 #ifdef INT16_DOT
@@ -133,7 +151,7 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int 
         for (int k = 0; k < padded_keys; k += LANES) {
             vf p = NAME(exp2)(NAME(load)(row + k) * per_product - offset);
             sum += p;
-            if (is_int8) p *= NAME(load)(s->value_scales + k);
+            if (is_int8) p *= NAME(load)(b->value_scales + k);
             /* Words of pairs are half as wide as scores: they are written behind the reads. */
 #if defined(BF16_DOT)
             _mm256_storeu_si256((__m256i *)((uint16_t *)row + k), (__m256i)_mm512_cvtneps_pbh((__m512)p));
@@ -144,6 +162,8 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, int 
 #endif
         }
         total[i] = total[i] * shrink[i] + NAME(sum_lanes)(sum);
+        WORK_SHARE(3);
     }
-    (void)weight;
+    (void)weight, (void)work;
 }
+#undef WORK_SHARE

@@ -3,16 +3,18 @@
 /* What one thread works in. */
 struct NAME(scratch) {
     float *query;       /* [heads][rows][key_words] */
-    float *key_rows;    /* [KEY_TILE][key_words], where keys are not read in place */
-    float *key_columns; /* [KEY_TILE / panel][key_words][panel] */
-    float *value_rows;  /* [KEY_TILE][value_words], where values are not read in place */
-    float *value_tile;  /* [panel][KEY_TILE][columns of a panel]; of pairs [KEY_TILE / 2][value_columns] */
-    float *scores;      /* [row block][KEY_TILE] floats, then overwritten by weights as words */
+    int has_tiles;      /* whether there are tile registers to work with */
+    int laid_keys;      /* LAID_KEYS with tile registers, else KEY_TILE */
+    float *key_rows;    /* [laid_keys][key_words], where keys are not read in place */
+    float *key_columns; /* [laid_keys / panel][key_words][panel] */
+    float *value_rows;  /* [laid_keys][value_words], where values are not read in place */
+    float *value_tile;  /* [panel][laid_keys][columns of a panel]; of pairs [laid_keys / 2][value_columns] */
+    float *scores;      /* [ROW_BLOCK][KEY_TILE] floats, then overwritten by weights as words; or [2][TILE_PAIR][SCORED_KEYS] */
     float *sums;        /* [heads][rows][value_columns]: the weighted sums of values, not yet divided */
     float *highest;     /* [heads][rows] */
     float *total;       /* [heads][rows] */
-    const char **keys[2], **values[2]; /* [KEY_TILE]: head 0 of each key, of this tile and of the next */
-    float *key_scales, *value_scales; /* [KEY_TILE] */
+    const char **keys[2], **values[2]; /* [laid_keys]: head 0 of each key, of this tile and of the next */
+    float *key_scales, *value_scales; /* [laid_keys] */
     float largest_value_scale;
     float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
     float *zeros;
@@ -28,8 +30,11 @@ static int NAME(widens)(const struct attention_call *call) {
 static int NAME(words)(int64_t dim) { return (int)((dim + LANES * PER_WORD - 1) / (LANES * PER_WORD)) * LANES; }
 
 /* Divides one piece of memory; with memory = NULL only counts. Returns the bytes used. */
-static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attention_call *call, int64_t rows, char *memory) {
-    int64_t used = 0;
+static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attention_call *call, int64_t rows, int has_tiles,
+                                    char *memory) {
+    int64_t used = 0, num_keys = has_tiles ? LAID_KEYS : KEY_TILE;
+    s->has_tiles = has_tiles;
+    s->laid_keys = (int)num_keys;
     int64_t key_words = NAME(words)(call->key.dim), value_words = NAME(words)(call->value.dim);
 #define TAKE(field, count)                                             \
     do {                                                               \
@@ -41,17 +46,19 @@ static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attent
     TAKE(highest, rows);
     TAKE(query_scales, rows);
     TAKE(total, rows);
-    TAKE(key_rows, KEY_TILE * key_words);
-    TAKE(key_columns, KEY_TILE * key_words);
-    TAKE(value_rows, KEY_TILE * value_words);
-    TAKE(value_tile, KEY_TILE * (value_words + GEMM_VECTORS * LANES));
-    TAKE(scores, (ROW_BLOCK + DOT_ROWS) * KEY_TILE);
+    TAKE(key_rows, num_keys * key_words);
+    TAKE(key_columns, num_keys * key_words);
+    TAKE(value_rows, num_keys * value_words);
+    TAKE(value_tile, num_keys * (value_words + GEMM_VECTORS * LANES));
+    int num_scores = (ROW_BLOCK + DOT_ROWS) * KEY_TILE;
+    if (has_tiles && 2 * TILE_PAIR * SCORED_KEYS > num_scores) num_scores = 2 * TILE_PAIR * SCORED_KEYS;
+    TAKE(scores, num_scores);
     for (int i = 0; i < 2; i++) {
-        TAKE(keys[i], KEY_TILE);
-        TAKE(values[i], KEY_TILE);
+        TAKE(keys[i], num_keys);
+        TAKE(values[i], num_keys);
     }
-    TAKE(key_scales, KEY_TILE);
-    TAKE(value_scales, KEY_TILE);
+    TAKE(key_scales, num_keys);
+    TAKE(value_scales, num_keys);
     TAKE(zeros, key_words + value_words);
 #undef TAKE
     return used;
@@ -74,8 +81,18 @@ struct NAME(task) {
     int key_words, value_words, value_columns; /* words of a key; words and floats of a padded value row */
     int query_offset, first_draft; /* position of query token t is t + query_offset; that of its sequence's first */
     int is_few;
+    int has_tiles; /* its products are made by tile registers */
     int is_biased; /* scores are more than scaled products */
     int is_widened; /* bf16 read in place where words are floats: channels come as the even ones and the odd ones of a chunk */
+};
+
+/* Some rows of a head and some keys, whose scores are made at once. */
+struct NAME(block) {
+    int first_row, num_rows, first_key, num_keys;
+    int padded_keys; /* those that are softened: all that any row sees, and some more, whose scores become -infinity */
+    float *scores;   /* [num_rows][stride] */
+    int stride;
+    const float *key_scales, *value_scales; /* of INT8 */
 };
 
 #define ELEMENT_BYTES(call) ((call)->format != FORMAT_FLOAT ? 1 : (call)->dtype == DTYPE_F32 ? 4 : 2)
