@@ -364,14 +364,19 @@ def test_a_library_whose_structures_differ_is_refused(empty_cache: Path, monkeyp
 def test_products_of_others_on_the_same_thread_are_left_right(kernel: Kernel) -> None:
     """Tile registers are configured per thread: ours must not be found by torch's products, nor theirs by us."""
     batch = dataclasses.replace(MIXED, dtype="bfloat16")
-    matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with one_thread():
-        before = matrix @ matrix
-        check(batch, *batch.call("cpu"))
-        between = matrix @ matrix
-        check(batch, *batch.call("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(96, 96, generator=generator).bfloat16()
+    heads = torch.randn(1, 2, 600, 128, generator=generator).bfloat16()
 
-    assert torch.equal(before, between)
+    def others() -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix @ matrix, torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+    with one_thread():
+        before = others()
+        for _ in range(2):
+            check(batch, *batch.call("cpu"))
+            for old, new in zip(before, others(), strict=True):
+                assert torch.equal(old, new)
 
 
 def test_tile_registers_serve_many_rows_of_bf16_only(kernel: Kernel) -> None:
