@@ -22,6 +22,7 @@ class Partition:
     query_tile:       query tokens of one prefill task
     min_split:        keys that a task reads at least before its keys are split; a multiple of it is a split's length
     tasks_per_worker: how many tasks a worker should get, so that ragged ends even out
+    prefill_units:    workers that share a prefill task, each a part of its heads: its splits may be that many times as long
     shares_prefixes:  whether a task may hold query tokens of several sequences
     """
 
@@ -30,6 +31,7 @@ class Partition:
     query_tile: int
     min_split: int
     tasks_per_worker: int = 4
+    prefill_units: int = 1
     shares_prefixes: bool = False
 
 
@@ -171,31 +173,37 @@ def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[
     target = partition.num_workers * partition.tasks_per_worker
     granules = -(int(np.add.reduce(minus_keys)) // (target * partition.min_split))
     length = max(granules, 1) * partition.min_split
+    longest: int | Int64s = length
+    if num_decode_tiles < len(minus_keys) and partition.prefill_units > 1:
+        longest = np.full(len(minus_keys), length)
+        longest[num_decode_tiles:] *= partition.prefill_units
+    excess = minus_keys + longest
     # argmin is a fifth of min here.
-    if not len(minus_keys) or minus_keys[minus_keys.argmin()] >= -length:
+    if not len(minus_keys) or excess[excess.argmin()] >= 0:
         order = _longest_first(minus_keys, num_decode_tiles)
         return tiles.take(order, axis=1), np.empty((4, 0), np.int32), num_decode_tiles, 0
-    num_splits = np.maximum(-(minus_keys // length), 1)
+    num_splits = np.maximum(-(minus_keys // longest), 1)
     is_split = num_splits > 1
     ends = num_splits.cumsum()
     firsts = ends - num_splits
     num_tokens = tiles[2] - tiles[1]
-    # What each task of a tile has more than the one before it: `length` keys, and so many partial results.
+    # What each task of a tile has more than the one before it: `longest` keys, and so many partial results.
     num_partials = num_tokens * is_split
     sizes = num_partials * num_splits
     partial_ends = sizes.cumsum()
     partial_starts = partial_ends - sizes
     # A tile's first task is its nth of all tasks: `nth * step` is taken off here and comes back below, for all at once.
-    origins = np.empty((7, len(num_splits)), np.int64)
+    origins = np.empty((8, len(num_splits)), np.int64)
     origins[:5] = tiles[:5]
-    origins[3] -= firsts * length
+    origins[3] -= firsts * longest
     origins[5] = np.where(is_split, partial_starts - firsts * num_partials, -1)
     origins[6] = num_partials
+    origins[7] = longest
     num_tasks = int(ends[-1])
     wide_tasks = origins.repeat(num_splits, axis=1)
     nth = np.arange(num_tasks)
-    wide_tasks[3] += nth * length
-    np.minimum(wide_tasks[3] + length, wide_tasks[4], out=wide_tasks[4])
+    wide_tasks[3] += nth * wide_tasks[7]
+    np.minimum(wide_tasks[3] + wide_tasks[7], wide_tasks[4], out=wide_tasks[4])
     wide_tasks[5] += nth * wide_tasks[6]
     split_tiles = is_split.nonzero()[0]
     merges = np.empty((4, len(split_tiles)), np.int32)

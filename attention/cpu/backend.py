@@ -27,7 +27,7 @@ _FORMATS = {
     torch.uint8: 4,
 }
 # Query rows of a prefill task: enough to make laying out a tile of keys cheap, few enough that their sums stay in L2.
-PREFILL_ROWS = 256
+PREFILL_ROWS = 512
 MAX_DECODE_ROWS = 16
 MIN_SPLIT = 256
 
@@ -81,7 +81,7 @@ class CPUBackend:
 
     def partition(self, num_q_heads: int, num_kv_heads: int, device: torch.device) -> Partition:
         """As many workers as torch has threads; tiles of about PREFILL_ROWS rows."""
-        return _partition(torch.get_num_threads(), num_q_heads // num_kv_heads)
+        return _partition(torch.get_num_threads(), num_q_heads // num_kv_heads, num_kv_heads)
 
     def describe(self) -> str:
         """The instruction set, and whose threads."""
@@ -171,12 +171,13 @@ class CPUBackend:
 
 
 @lru_cache(maxsize=64)
-def _partition(num_workers: int, group: int) -> Partition:
+def _partition(num_workers: int, group: int, num_kv_heads: int) -> Partition:
     return Partition(
         num_workers=num_workers,
         max_decode_rows=max(MAX_DECODE_ROWS, group),
         query_tile=max(PREFILL_ROWS // group, 1),
         min_split=MIN_SPLIT,
+        prefill_units=num_kv_heads,
         shares_prefixes=True,
     )
 

@@ -56,6 +56,7 @@ raggeds = st.builds(
         query_tile=st.sampled_from((1, 3, 5, 100)),
         min_split=st.sampled_from((1, 4, 7, 100)),
         tasks_per_worker=st.integers(1, 4),
+        prefill_units=st.sampled_from((1, 3)),
     ),
     heads_per_kv_head=st.sampled_from((1, 3)),
     causal=st.booleans(),
@@ -154,6 +155,18 @@ def test_a_sequence_of_ten_times_the_length_gets_ten_times_the_splits() -> None:
 
     assert np.bincount(tasks[0]).tolist() == [1, 10]
     assert merges.T.tolist() == [[1, 2, 0, 10]]
+
+
+def test_a_prefill_whose_heads_keep_the_workers_busy_is_split_later_than_a_decode() -> None:
+    """Each split is one more result to write, read and merge."""
+    lens = ((1, 60), (64, 60))
+    splits = [
+        np.bincount(Ragged(lens, Partition(4, 8, 64, 10, 1, prefill_units=units)).make()[0][0]).tolist()
+        for units in (1, 2, 4)
+    ]
+
+    # 120 keys for four workers: 30 to a task of all heads, and as many times more as workers share the task.
+    assert splits == [[2, 2], [2, 1], [2, 1]]
 
 
 def test_decodes_that_are_not_split_come_longest_first() -> None:
