@@ -14,7 +14,7 @@ from pagedkv.attention import CacheFormat, format_of, scale_shape, write_kv
 from pagedkv.attention.formats import dequantize
 from pagedkv.storage.host_memory import zero_bytes
 
-# Well above any last-level cache of the machines this runs on (32 MB): copies of keys and values that are read in turn.
+# Copies of keys and values that are read in turn: well above most last-level caches (32 MB), though not above every server's.
 ROTATED_BYTES = 256 << 20
 MAX_COPIES = 64
 NUM_CHECKED_ROWS = 24
