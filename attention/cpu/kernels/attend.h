@@ -3,7 +3,8 @@
 
    Queries that share a KV head are the rows of one matrix. Keys come in tiles. A task of few rows (a decode) reads keys
    in place and walks all heads of a tile before the next tile, so that memory is read in order. A task of many rows
-   (a prefill chunk) has one head, and lays each tile out once for all its rows. */
+   (a prefill chunk, which has one head, or a decode of many heads per KV head) lays each tile out once for all its rows; by tile
+   registers where there are any, in attend_tiles.h. */
 
 /* One tile of keys for one head: scores, weights, and the weighted sum of values. */
 static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys, int which,
@@ -19,25 +20,20 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
 
     NAME(words_of_head)(task, &call->key, s->keys[which], kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
     for (int i = 0; i < DOT_KEYS; i++) keys[num_keys + i] = (const char *)s->zeros;
-    if (call->format == FORMAT_INT8) {
-        NAME(token_scales)(task, &call->key, kv_head, first_key, num_keys, s->key_scales);
-        NAME(token_scales)(task, &call->value, kv_head, first_key, num_keys, s->value_scales);
-        for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
-            if (NAME(is_unseen)(task, first_key + i)) s->value_scales[i] = 0.0f;
-        s->largest_value_scale = NAME(largest_magnitude)(s->value_scales, num_keys);
-    }
+    NAME(scales_of_tile)(task, kv_head, first_key, num_keys);
+    if (IS_INTEGER) s->largest_value_scale = NAME(largest_magnitude)(s->value_scales, num_keys);
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
     struct NAME(fetches) key_fetches, value_fetches;
     if (task->is_few) {
         NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
     } else {
-        /* A task of many rows has one head: what comes next is the next tile of it. */
+        /* A prefill task has one head: what comes next is the next tile of it. */
         const int num_tiles = (task->rows + GEMM_ROWS - 1) / GEMM_ROWS, columns = GEMM_VECTORS * LANES;
         NAME(rows_ahead)(task, &call->key, s->keys[!which], kv_head, num_next, num_next, ahead);
         NAME(rows_ahead)(task, &call->value, s->values[!which], kv_head, num_next, num_next, values_ahead);
         key_fetches = NAME(fetches_of)(ahead, num_next, key_bytes, 1, num_tiles * (KEY_TILE / columns));
         value_fetches = NAME(fetches_of)(values_ahead, num_next, value_bytes, 1, num_tiles * ((task->value_columns + columns - 1) / columns));
-        NAME(lay_keys)(task->is_widened, keys, num_keys, task->key_words, s->zeros, s->key_columns);
+        NAME(lay_keys)(task->is_widened, keys, num_keys, task->key_words, columns, s->zeros, s->key_columns);
     }
     int are_values_ready = 0;
     for (int r = 0; r < task->rows; r += ROW_BLOCK) {
@@ -74,8 +70,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
             int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
                                 s->value_rows, values);
-            for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
-                if (NAME(is_unseen)(task, first_key + i)) values[i] = (const char *)s->zeros;
+            NAME(hide_unseen)(task, first_key, num_keys, values);
             values[num_keys] = (const char *)s->zeros;
             if (task->is_few)
                 NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
@@ -90,7 +85,8 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
                              weight, ahead, key_bytes);
         } else {
             NAME(gemm)(num_rows, task->value_columns, (num_seen + PER_WORD - 1) / PER_WORD, s->scores, KEY_TILE, s->value_tile,
-                       VALUE_STRIDE(task), VALUE_PANEL, sums + (int64_t)r * task->value_columns, task->value_columns, shrink, weight, &value_fetches);
+                       VALUE_STRIDE(task), VALUE_PANEL, sums + (int64_t)r * task->value_columns, task->value_columns, shrink,
+                       weight, &value_fetches);
         }
     }
 }
@@ -211,7 +207,7 @@ static void TARGET NAME(attend)(const struct attention_call *call, int64_t index
     for (int64_t i = 0; i < rows; i++) scratch->highest[i] = -INFINITY, scratch->total[i] = 0.0f;
     memset(scratch->sums, 0, rows * task.value_columns * sizeof(float));
     NAME(load_queries)(&task);
-    int tile = task.is_few ? FEW_TILE : scratch->laid_keys;
+    int tile = task.is_few ? FEW_TILE : task.has_tiles ? LAID_KEYS : KEY_TILE;
     int num_keys = task.end_key - task.first_key < tile ? task.end_key - task.first_key : tile, which = 0;
     NAME(find_rows)(&task, task.first_key, num_keys, scratch->keys[0], scratch->values[0]);
     for (int key = task.first_key; key < task.end_key; key += tile, which = !which) {

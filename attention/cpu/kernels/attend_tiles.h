@@ -5,26 +5,16 @@
    the scores of a block, the sums of the block before it and the scores of the one after are multiplied. */
 
 #ifdef HAS_TILES
-/* Keys as tiles, words[key / 16][word][key in 16]; and values, words[column / 16][pair of keys][column in 16]. */
-static void TARGET NAME(lay_tiles)(const struct NAME(task) *task, const char *const *keys, const char *const *values,
-                                   int num_keys) {
-    const struct NAME(scratch) *s = task->scratch;
-    for (int k = 0; k < num_keys; k += TILE)
-        for (int w = 0; w < task->key_words; w += TILE) {
-            float *to = s->key_columns + (int64_t)k * task->key_words + w * TILE;
-            vf x[TILE];
-            for (int i = 0; i < TILE; i++) x[i] = NAME(load)(keys[k + i] + 4 * w);
-            NAME(transpose)(x);
-            for (int i = 0; i < TILE; i++) NAME(store)(to + i * TILE, x[i]);
-        }
+/* Values as tiles: words[column / 16][pair of keys][column in 16]. */
+static void TARGET NAME(lay_value_tiles)(const char *const *values, int num_keys, int num_words, float *to) {
     const int64_t panel = LAID_KEYS / 2 * TILE;
     for (int k = 0; k < num_keys; k += 2)
-        for (int w = 0; w < task->value_words; w += TILE) {
-            float *to = s->value_tile + 2 * w / TILE * panel + k / 2 * TILE;
+        for (int w = 0; w < num_words; w += TILE) {
+            float *at = to + 2 * w / TILE * panel + k / 2 * TILE;
             vf pair[2];
-            NAME(interleave)(NAME(load)(values[k] + 4 * w), NAME(load)(values[k + 1] + 4 * w), pair);
-            NAME(store)(to, pair[0]);
-            NAME(store)(to + panel, pair[1]);
+            NAME(interleave)(NAME(load_words)(values[k], w), NAME(load_words)(values[k + 1], w), pair);
+            NAME(store)(at, pair[0]);
+            NAME(store)(at + panel, pair[1]);
         }
 }
 
@@ -61,20 +51,14 @@ static void TARGET NAME(attend_by_tiles)(const struct NAME(task) *task, int kv_h
     NAME(words_of_head)(task, &call->key, s->keys[which], kv_head, first_key, num_keys, task->key_words, s->key_rows, keys);
     NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words, s->value_rows,
                         values);
-    if (call->format == FORMAT_INT8) {
-        NAME(token_scales)(task, &call->key, kv_head, first_key, num_keys, s->key_scales);
-        NAME(token_scales)(task, &call->value, kv_head, first_key, num_keys, s->value_scales);
-    }
-    for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
-        if (NAME(is_unseen)(task, first_key + i)) {
-            values[i] = (const char *)s->zeros;
-            s->value_scales[i] = 0.0f;
-        }
+    NAME(scales_of_tile)(task, kv_head, first_key, num_keys);
+    NAME(hide_unseen)(task, first_key, num_keys, values);
     for (int i = num_keys; i < padded_keys; i++) {
         keys[i] = values[i] = (const char *)s->zeros;
         s->key_scales[i] = s->value_scales[i] = 0.0f;
     }
-    NAME(lay_tiles)(task, keys, values, padded_keys);
+    NAME(lay_keys)(0, keys, padded_keys, task->key_words, TILE, s->zeros, s->key_columns);
+    NAME(lay_value_tiles)(values, padded_keys, task->value_words, s->value_tile);
 
     /* A product fetches once for each of its pairs of tiles' columns. */
     const int num_blocks = (task->rows + TILE_PAIR - 1) / TILE_PAIR * ((num_keys + SCORED_KEYS - 1) / SCORED_KEYS);

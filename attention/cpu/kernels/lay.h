@@ -147,8 +147,7 @@ INLINE void NAME(transpose)(vf x[4]) {
 
 /* LANES rows as columns of a panel: word w of row i goes to to[w * panel + i]. Pairs of bf16 are taken apart only after they
    are transposed, half as many as floats would be. */
-static void TARGET NAME(lay_rows)(int is_widened, const char *const rows[LANES], int num_words, float *to) {
-    const int panel = GEMM_VECTORS * LANES;
+static void TARGET NAME(lay_rows)(int is_widened, const char *const rows[LANES], int num_words, int panel, float *to) {
     vf x[LANES];
 #if PER_WORD == 1
     for (int w = 0; is_widened && w < num_words; w += 2 * LANES) {
@@ -171,14 +170,13 @@ static void TARGET NAME(lay_rows)(int is_widened, const char *const rows[LANES],
     }
 }
 
-/* Keys as columns: words[panel][word][key in panel], panels of GEMM_VECTORS * LANES keys, padded with zeros. */
-static void TARGET NAME(lay_keys)(int is_widened, const char *const *keys, int num_keys, int num_words, const float *zeros,
-                                  float *to) {
-    const int panel = GEMM_VECTORS * LANES;
+/* Keys as columns: words[key / panel][word][key in panel], padded with zeros. */
+static void TARGET NAME(lay_keys)(int is_widened, const char *const *keys, int num_keys, int num_words, int panel,
+                                  const float *zeros, float *to) {
     for (int first = 0; first < num_keys; first += LANES) {
         const char *rows[LANES];
         for (int i = 0; i < LANES; i++) rows[i] = first + i < num_keys ? keys[first + i] : (const char *)zeros;
-        NAME(lay_rows)(is_widened, rows, num_words, to + (int64_t)(first / panel * panel) * num_words + first % panel);
+        NAME(lay_rows)(is_widened, rows, num_words, panel, to + (int64_t)(first / panel * panel) * num_words + first % panel);
     }
 }
 

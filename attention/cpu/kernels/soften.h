@@ -54,6 +54,23 @@ static int TARGET NAME(is_unseen)(const struct NAME(task) *task, int key) {
     return 1;
 }
 
+/* Values of drafts that no row sees are read as zeros. */
+static void TARGET NAME(hide_unseen)(const struct NAME(task) *task, int first_key, int num_keys, const char **values) {
+    for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
+        if (NAME(is_unseen)(task, first_key + i)) values[i] = (const char *)task->scratch->zeros;
+}
+
+/* INT8: the scales of a tile's keys and values for one head; zeros of drafts that no row sees. */
+static void TARGET NAME(scales_of_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys) {
+    const struct attention_call *call = task->call;
+    const struct NAME(scratch) *s = task->scratch;
+    if (call->format != FORMAT_INT8) return;
+    NAME(token_scales)(task, &call->key, kv_head, first_key, num_keys, s->key_scales);
+    NAME(token_scales)(task, &call->value, kv_head, first_key, num_keys, s->value_scales);
+    for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
+        if (NAME(is_unseen)(task, first_key + i)) s->value_scales[i] = 0.0f;
+}
+
 #ifdef INT16_DOT
 /* Rounded to int16, saturating. */
 INLINE void NAME(store_int16)(int16_t *to, vf x) {

@@ -1,20 +1,19 @@
 /* What a task is, and what a thread works in. Included once per instruction set after vectors.h, products.h and rows.h. */
 
-/* What one thread works in. */
+/* What one thread works in. K is the number of keys laid out at a time: LAID_KEYS with tile registers, else KEY_TILE. */
 struct NAME(scratch) {
     float *query;       /* [heads][rows][key_words] */
     int has_tiles;      /* whether there are tile registers to work with */
-    int laid_keys;      /* LAID_KEYS with tile registers, else KEY_TILE */
-    float *key_rows;    /* [laid_keys][key_words], where keys are not read in place */
-    float *key_columns; /* [laid_keys / panel][key_words][panel] */
-    float *value_rows;  /* [laid_keys][value_words], where values are not read in place */
-    float *value_tile;  /* [panel][laid_keys][columns of a panel]; of pairs [laid_keys / 2][value_columns] */
+    float *key_rows;    /* [K][key_words], where keys are not read in place */
+    float *key_columns; /* [K / panel][key_words][panel] */
+    float *value_rows;  /* [K][value_words], where values are not read in place */
+    float *value_tile;  /* [panel][K][columns of a panel]; of pairs [K / 2][value_columns] */
     float *scores;      /* [ROW_BLOCK][KEY_TILE] floats, then overwritten by weights as words; or [2][TILE_PAIR][SCORED_KEYS] */
     float *sums;        /* [heads][rows][value_columns]: the weighted sums of values, not yet divided */
     float *highest;     /* [heads][rows] */
     float *total;       /* [heads][rows] */
-    const char **keys[2], **values[2]; /* [laid_keys]: head 0 of each key, of this tile and of the next */
-    float *key_scales, *value_scales; /* [laid_keys] */
+    const char **keys[2], **values[2]; /* [K]: head 0 of each key, of this tile and of the next */
+    float *key_scales, *value_scales; /* [K] */
     float largest_value_scale;
     float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
     float *zeros;
@@ -34,7 +33,6 @@ static int64_t NAME(divide_scratch)(struct NAME(scratch) *s, const struct attent
                                     char *memory) {
     int64_t used = 0, num_keys = has_tiles ? LAID_KEYS : KEY_TILE;
     s->has_tiles = has_tiles;
-    s->laid_keys = (int)num_keys;
     int64_t key_words = NAME(words)(call->key.dim), value_words = NAME(words)(call->value.dim);
 #define TAKE(field, count)                                             \
     do {                                                               \

@@ -1,7 +1,7 @@
 /* Products on tile registers (AMX), a step at a time, so that they are made while vectors work: a step keeps the tile unit busy for
-   64 cycles and takes few instructions. Included after products.h where an instruction set has them (HAS_TILES). */
+   64 cycles and takes few instructions. Included once per instruction set after products.h; all but one have no tiles. */
 
-struct NAME(tile_work); /* of which an instruction set without tiles has none */
+struct NAME(tile_work);
 #ifdef HAS_TILES
 
 #define LOAD_TILE(tile, from, stride) \
@@ -14,8 +14,8 @@ struct NAME(tile_work); /* of which an instruction set without tiles has none */
 #define CLEAR_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile : : : "memory")
 #define MULTIPLY_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : : : "memory")
 
-/* c = a . b, or c += a . b, of up to TILE_PAIR rows; columns are a multiple of TILE_PAIR, depth of TILE. b comes in tiles: word w of columns
-   [16 * i, 16 * i + 16) begins at b[i * b_panel + 16 * w]. A row of c that a tile has beyond num_rows is written too. */
+/* c = a . b, or c += a . b, of up to TILE_PAIR rows; columns are a multiple of TILE_PAIR, depth of TILE. b comes in tiles: word w of
+   columns [16 * i, 16 * i + 16) begins at b[i * b_panel + 16 * w]. Rows of c that a tile has beyond num_rows are written too. */
 struct NAME(tile_product) {
     const float *a, *b;
     float *c;
@@ -89,7 +89,8 @@ INLINE void NAME(tile_step)(struct NAME(tile_work) *work) {
 
 /* A share of the work's steps: num_shares / share calls make all of them. */
 INLINE void NAME(work_share)(struct NAME(tile_work) *work, int share) {
-    for (work->credit += share * work->num_steps; work->credit >= work->num_shares; work->credit -= work->num_shares) NAME(tile_step)(work);
+    for (work->credit += share * work->num_steps; work->credit >= work->num_shares; work->credit -= work->num_shares)
+        NAME(tile_step)(work);
 }
 
 static void TARGET NAME(finish_work)(struct NAME(tile_work) *work) {
