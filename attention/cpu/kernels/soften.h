@@ -39,6 +39,8 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
     return x;
 }
 
+#define RARE TARGET __attribute__((noinline)) /* called at most once for each head of a tile: copies would only make the library larger */
+
 /* The first key of a tile that a tree mask may hide; beyond any tile where there is no mask. */
 INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
     if (!task->call->tree_mask) return INT32_MAX;
@@ -47,7 +49,7 @@ INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
 
 /* Whether no row of the task sees this draft. Nobody may have written such a one, and a NaN among its values would outlive a
    weight of zero. */
-static int TARGET NAME(is_unseen)(const struct NAME(task) *task, int key) {
+static int RARE NAME(is_unseen)(const struct NAME(task) *task, int key) {
     int draft = key - task->first_draft;
     for (int token = task->end - 1; token >= task->first && token + task->query_offset >= key; token--)
         if (task->call->tree_mask[token * task->call->tree_words + draft / 32] >> (draft % 32) & 1) return 0;
@@ -55,13 +57,13 @@ static int TARGET NAME(is_unseen)(const struct NAME(task) *task, int key) {
 }
 
 /* Values of drafts that no row sees are read as zeros. */
-static void TARGET NAME(hide_unseen)(const struct NAME(task) *task, int first_key, int num_keys, const char **values) {
+static void RARE NAME(hide_unseen)(const struct NAME(task) *task, int first_key, int num_keys, const char **values) {
     for (int i = NAME(first_hidden)(task, first_key); i < num_keys; i++)
         if (NAME(is_unseen)(task, first_key + i)) values[i] = (const char *)task->scratch->zeros;
 }
 
 /* INT8: the scales of a tile's keys and values for one head; zeros of drafts that no row sees. */
-static void TARGET NAME(scales_of_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys) {
+static void RARE NAME(scales_of_tile)(const struct NAME(task) *task, int kv_head, int first_key, int num_keys) {
     const struct attention_call *call = task->call;
     const struct NAME(scratch) *s = task->scratch;
     if (call->format != FORMAT_INT8) return;
@@ -184,3 +186,4 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, cons
     (void)weight, (void)work;
 }
 #undef WORK_SHARE
+#undef RARE
