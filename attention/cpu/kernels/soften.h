@@ -39,7 +39,8 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
     return x;
 }
 
-#define RARE TARGET __attribute__((noinline)) /* called at most once for each head of a tile: copies would only make the library larger */
+/* What no inner loop calls: copies in its callers would only make the library larger. */
+#define RARE TARGET __attribute__((noinline))
 
 /* The first key of a tile that a tree mask may hide; beyond any tile where there is no mask. */
 INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
