@@ -6,12 +6,38 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
 from pagedkv.attention.errors import AttentionArgumentError, BackendUnsupportedError
 from pagedkv.attention.partition import Partition
 
-__all__ = ["Backend", "BackendInfo", "backend_info", "backend_named", "pick_backend", "pick_for_device"]
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "KnownAttention",
+    "KnownWrite",
+    "backend_info",
+    "backend_named",
+    "pick_backend",
+    "pick_for_device",
+]
+
+
+class KnownAttention(Protocol):
+    """A planned call that passed all checks. One that asks the same of tensors that lie alike would pass them too."""
+
+    def attend(
+        self, operands: tuple[Tensor | None, ...], asked: tuple[object, ...], out: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The result; None, with nothing written, if this is another call."""
+
+
+class KnownWrite(Protocol):
+    """A write that passed all checks. One of tensors that lie alike would pass them too, but for its slots."""
+
+    def write(self, operands: tuple[Tensor | None, ...], asked: str | None, check_slots: bool) -> bool:
+        """Whether this is a write like the known one, and done; else nothing was written."""
 
 
 class Backend(Protocol):
@@ -36,6 +62,17 @@ class Backend(Protocol):
 
     def attend(self, call: AttentionCall) -> None:
         """Write `call.out`, and `call.lse` if there is one."""
+
+    def know_attention(
+        self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]
+    ) -> KnownAttention | None:
+        """What does calls like this one, which has been checked and done, without looking again; None if there is no such thing.
+
+        asked: its options as they were given; lengths: that its plan was made for
+        """
+
+    def know_write(self, call: WriteCall, asked: str | None) -> KnownWrite | None:
+        """The same for a write that was asked of this backend."""
 
     def write(self, call: WriteCall) -> None:
         """Write the new keys and values, and their scales, into the cache."""

@@ -65,6 +65,22 @@ class AttentionCall:
     out: Tensor
     lse: Tensor | None
 
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """The tensors that a caller gives, in the order in which kernels/again.h has them."""
+        return (
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.block_tables,
+            self.seq_lens,
+            self.query_start_loc,
+            self.sinks,
+            self.alibi_slopes,
+            self.tree_mask,
+            self.k_scale,
+            self.v_scale,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class WriteCall:
@@ -77,3 +93,15 @@ class WriteCall:
     slot_mapping: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """All of them, in the order in which kernels/again.h has them."""
+        return (
+            self.key,
+            self.value,
+            self.key_cache,
+            self.value_cache,
+            self.slot_mapping,
+            self.k_scale,
+            self.v_scale,
+        )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import pagedkv.attention.registration  # noqa: F401 - makes torch know the operators
-from pagedkv.attention.backends import pick_backend
+from pagedkv.attention.backends import KnownWrite, pick_backend
+from pagedkv.attention.call import AttentionCall, WriteCall
 from pagedkv.attention.checks import attention_features, check_tree_mask, check_write, checked_window
 from pagedkv.attention.errors import AttentionArgumentError
+from pagedkv.attention.registration import is_watched
 from pagedkv.attention.step_plan import AttentionPlan
 
 __all__ = ["paged_attention", "write_kv"]
@@ -20,6 +21,8 @@ __all__ = ["paged_attention", "write_kv"]
 # With the overload named, torch need not look for it at each call.
 _ATTEND = torch.ops.pagedkv.paged_attention.default
 _WRITE = torch.ops.pagedkv.write_kv.default
+# The last write that was checked: those of a step's layers look alike.
+_known_write: KnownWrite | None = None
 NUMBERS = (float, int, np.floating)
 
 
@@ -125,13 +128,29 @@ def paged_attention(
     softmax's denominator (tokens, q_heads), float32 (float64 for float64 queries). Raises AttentionArgumentError or
     BackendUnsupportedError before anything is written. O(tokens * keys seen).
     """
+    tensors = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc)
+    optional = (sinks, alibi_slopes, tree_mask, k_scale, v_scale)
+    asked = (scale, causal, window, softcap, backend, return_lse)
+    if plan is not None and not is_watched() and plan.known is not None:
+        result = plan.known.attend((*tensors, *optional), asked, out)
+        if result is not None:
+            return result
+    return _attend(tensors, optional, asked, out, plan)
+
+
+def _attend(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    optional: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    asked: tuple[Any, bool, Any, Any, str | None, bool],
+    out: Tensor | None,
+    plan: AttentionPlan | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check everything, pick a backend, and call the operator; then let the plan know the call."""
+    query, key_cache, _, _, seq_lens, query_start_loc = tensors
+    sinks, alibi_slopes, tree_mask, k_scale, v_scale = optional
+    scale, causal, window, softcap, backend, return_lse = asked
     features = attention_features(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        query_start_loc,
+        *tensors,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         tree_mask=tree_mask,
@@ -163,30 +182,11 @@ def paged_attention(
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_empty(query.shape[:2], dtype=lse_dtype)
     tasks, merges, counts = (None, None, []) if plan is None else (plan.tasks, plan.merges, plan.counts.as_list())
-    _ATTEND(
-        out,
-        lse,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        scale,
-        causal,
-        left,
-        right,
-        softcap or 0.0,
-        sinks,
-        alibi_slopes,
-        tree_mask,
-        k_scale,
-        v_scale,
-        tasks,
-        merges,
-        counts,
-        chosen.name,
-    )
+    numbers = (float(scale), causal, left, right, float(softcap or 0.0))
+    _ATTEND(out, lse, *tensors, *numbers, *optional, tasks, merges, counts, chosen.name)
+    if plan is not None and plan.made_for is not None and not is_watched():
+        call = AttentionCall(*tensors, *numbers, *optional, plan.tasks, plan.merges, plan.counts, out, lse)
+        plan.known = chosen.know_attention(call, asked, plan.made_for)
     return out if lse is None else (out, lse)
 
 
@@ -241,6 +241,13 @@ def write_kv(
 
     Raises AttentionArgumentError or BackendUnsupportedError before anything is written. O(tokens * kv_heads * head_dim).
     """
+    global _known_write
+    may_be_known = not is_watched()
+    call = WriteCall(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    if may_be_known and _known_write is not None and _known_write.write(call.operands(), backend, check_slots):
+        return
     features = check_write(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     chosen = pick_backend(features, backend, for_write=True)
     _WRITE(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, check_slots, chosen.name)
+    if may_be_known:
+        _known_write = chosen.know_write(call, backend)

@@ -37,6 +37,12 @@ class ReferenceBackend:
         """One task per sequence: the reference does not read tasks."""
         return Partition(num_workers=1, max_decode_rows=0, query_tile=2**30, min_split=2**30)
 
+    def know_attention(self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]) -> None:
+        """Nothing: each call is checked."""
+
+    def know_write(self, call: WriteCall, asked: str | None) -> None:
+        """Nothing: each write is checked."""
+
     def describe(self) -> str:
         """The library it is written in."""
         return f"torch {torch.__version__}, one sequence at a time"

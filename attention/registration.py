@@ -12,7 +12,7 @@ from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import PlanCounts, make_plan
 from pagedkv.attention.step_plan import check_block_tables, check_lengths
 
-__all__: list[str] = []
+__all__ = ["is_watched"]
 
 # `torch.library.custom_op` would do the same with 25 times the overhead per call (130 us against 5 us, measured with
 # torch 2.13 on this signature), which a step pays once per layer. Schema and fake implementation are the same.
@@ -120,6 +120,15 @@ def _run_write(
         if lowest < -1 or highest >= num_slots:
             raise AttentionArgumentError(f"slot_mapping must be in -1..{num_slots - 1}, found {lowest}..{highest}")
     backend_named(backend).write(WriteCall(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale))
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a dispatch mode or the profiler follows operators here, so that each must go through torch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 for _device in ("CPU", "CUDA"):

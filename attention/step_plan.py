@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.attention.backends import backend_named, pick_for_device
+from pagedkv.attention.backends import KnownAttention, backend_named, pick_for_device
 from pagedkv.attention.checks import checked_window
 from pagedkv.attention.errors import AttentionArgumentError
 from pagedkv.attention.partition import Int32s, PlanCounts, make_plan
@@ -20,7 +20,7 @@ __all__ = ["AttentionPlan", "check_block_tables", "check_lengths", "check_table_
 _NO_MERGES = torch.empty((4, 0), dtype=torch.int32, device="cpu")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class AttentionPlan:
     """The tasks of one step. A task computes attention of some query tokens over a range of keys, for all heads.
 
@@ -47,6 +47,8 @@ class AttentionPlan:
     """Whether some tasks serve several sequences: then there is neither a window, nor ALiBi, nor a tree mask."""
     made_for: tuple[Tensor, Tensor] | None = None
     """seq_lens and query_start_loc, copied, by which a call on the CPU knows its own plan; None for other devices."""
+    known: KnownAttention | None = field(default=None, init=False)
+    """The last call that was checked, from the first call on where the backend has such a thing: the only field that changes."""
 
     def take_over(self, other: AttentionPlan) -> None:
         """Become the plan of another step in place: the tensors that a captured CUDA graph reads get `other`'s tasks.

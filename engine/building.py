@@ -11,6 +11,7 @@ import torch
 from pagedkv import CacheConfig, CacheIdentity, KVCacheManager
 from pagedkv.arrays import as_int, cdiv
 from pagedkv.block_pool import MAX_NUM_BLOCKS
+from pagedkv.config import require_object
 from pagedkv.engine.core import Engine
 from pagedkv.engine.largest_step import LargestStep
 from pagedkv.engine.memory_budget import as_bytes, can_measure, measure_budget, num_blocks_within
@@ -77,6 +78,10 @@ def build_engine(
         raise ConfigError(
             f"preemption {type(preemption).__name__} has no host memory to move to: give swap_memory, or use Recompute()"
         )
+    if tokenizer is not None:
+        require_object("tokenizer", tokenizer, "decode", "AutoTokenizer.from_pretrained(name)")
+    if drafter is not None:
+        require_object("drafter", drafter, "propose", "NgramDrafter()")
     model.eval()
     layers = inspect_model(model)
     if self_check:

@@ -1,4 +1,4 @@
-"""The backend on the processor: from tensors to raw pointers and strides."""
+"""The backend on the processor."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import torch
 from torch import Tensor
 
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
+from pagedkv.attention.cpu.again import KnownAttention, KnownWrite, are_plain
 from pagedkv.attention.cpu.build import KernelBuildError, find_kernel
-from pagedkv.attention.cpu.library import AttentionCallC, CacheC, Kernel, WriteCallC
+from pagedkv.attention.cpu.library import Kernel, python_of
+from pagedkv.attention.cpu.structures import (
+    DTYPES,
+    attention_structure,
+    readable_attention,
+    readable_write,
+    write_structure,
+)
 from pagedkv.attention.partition import Partition
 
 __all__ = ["CPUBackend"]
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# By the cache's dtype; an Enum as a key takes five times as long.
-_FORMATS = {
-    torch.float32: 0,
-    torch.float16: 0,
-    torch.bfloat16: 0,
-    torch.float8_e4m3fn: 1,
-    torch.float8_e5m2: 2,
-    torch.int8: 3,
-    torch.uint8: 4,
-}
 # Query rows of a prefill task: enough to make laying out a tile of keys cheap, few enough that their sums stay in L2. With tile
 # registers (AMX) products are several times as fast and laying out weighs more, and L2 has 2 MB.
 PREFILL_ROWS = 256
@@ -45,6 +42,7 @@ class CPUBackend:
     def __init__(self) -> None:
         self._kernel: Kernel | None = None
         self._reason: str | None = None
+        self._python = python_of(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 
     def unavailable(self) -> str | None:
         """Why there is no compiled kernel; None if there is one. The first call may compile it."""
@@ -74,7 +72,7 @@ class CPUBackend:
     def refuses(self, features: Features) -> str | None:
         """Float64."""
         return (
-            None if features.dtype in _DTYPES else f"it computes in float32, float16 and bfloat16, not {features.dtype}"
+            None if features.dtype in DTYPES else f"it computes in float32, float16 and bfloat16, not {features.dtype}"
         )
 
     def refuses_write(self, features: Features) -> str | None:
@@ -94,84 +92,31 @@ class CPUBackend:
         return f"C kernel with {', '.join(kernel.in_use)}, on {threads}"
 
     def attend(self, call: AttentionCall) -> None:
-        """Hand the call over by address. Small tensors that are not contiguous are copied first."""
-        counts = call.counts
-        # Kept in variables until the kernel is done: it sees only addresses.
-        query, query_strides = _with_contiguous_rows(call.query)
-        out = call.out
-        out_strides = out.stride()
-        if out_strides[2] != 1:
-            out = out.new_empty(out.shape)
-            out_strides = out.stride()
-        _, num_q_heads, value_dim = out.shape
-        _, block_size, num_kv_heads, _ = call.key_cache.shape
-        tables, table_strides = _with_contiguous_rows(call.block_tables)
-        lengths, starts = call.seq_lens.contiguous(), call.query_start_loc.contiguous()
-        tasks, merges = call.tasks.contiguous(), call.merges.contiguous()
-        tree_mask, sinks, slopes = _contiguous(call.tree_mask), _contiguous(call.sinks), _contiguous(call.alibi_slopes)
-        num_partials = counts.num_partial_tokens * num_q_heads
-        partial = torch.empty(num_partials * (value_dim + 1), dtype=torch.float32) if num_partials else None
-        # Filled anew for each call: nothing is kept from which an old address could come back, or that threads share.
-        # Field by field: keywords for all of them take 1 us more.
-        c = AttentionCallC()
-        _fill_cache(c.key, call.key_cache, call.k_scale)
-        _fill_cache(c.value, call.value_cache, call.v_scale)
-        c.query = query.data_ptr()
-        c.block_tables = tables.data_ptr()
-        c.seq_lens = lengths.data_ptr()
-        c.query_start_loc = starts.data_ptr()
-        c.tasks = tasks.data_ptr()
-        c.merges = merges.data_ptr()
-        c.tree_mask = _address(tree_mask)
-        c.sinks = _address(sinks)
-        c.alibi_slopes = _address(slopes)
-        c.out = out.data_ptr()
-        c.lse = _address(call.lse)
-        if partial is not None:
-            c.partial_out = partial.data_ptr()
-            c.partial_lse = partial.data_ptr() + 4 * num_partials * value_dim
-        c.query_token_stride, c.query_head_stride, _ = query_strides
-        c.out_token_stride, c.out_head_stride, _ = out_strides
-        c.table_stride = table_strides[0]
-        c.num_tasks = tasks.shape[1]
-        c.num_decode_tasks = counts.num_decode_tasks
-        c.num_merges = merges.shape[1]
-        c.num_partial_tokens = counts.num_partial_tokens
-        c.num_q_heads = num_q_heads
-        c.num_kv_heads = num_kv_heads
-        c.block_size = block_size
-        c.tree_words = 0 if tree_mask is None else tree_mask.shape[1]
-        c.window_left = call.window_left
-        c.window_right = call.window_right
-        c.dtype = _DTYPES[query.dtype]
-        c.format = _FORMATS[call.key_cache.dtype]
-        c.causal = call.causal
-        c.scale = call.scale
-        c.softcap = call.softcap
-        self.kernel.attend(c, torch.get_num_threads())
-        if out is not call.out:
-            call.out.copy_(out)
+        """Hand the call over by address."""
+        readable = readable_attention(call)
+        self.kernel.attend(attention_structure(readable), torch.get_num_threads())
+        if readable.out is not call.out:
+            call.out.copy_(readable.out)
 
     def write(self, call: WriteCall) -> None:
         """Hand the write over by address."""
-        slots = call.slot_mapping.contiguous()
-        key, key_strides = _with_contiguous_rows(call.key)
-        c = WriteCallC()
-        c.slots = slots.data_ptr()
-        c.num_tokens, c.num_kv_heads, _ = key.shape
-        c.block_size = call.key_cache.shape[1]
-        c.dtype = _DTYPES[key.dtype]
-        c.format = _FORMATS[call.key_cache.dtype]
-        sources, caches, token_strides, head_strides = c.source, c.cache, c.token_stride, c.head_stride
-        sources[0] = key.data_ptr()
-        _fill_cache(caches[0], call.key_cache, call.k_scale)
-        token_strides[0], head_strides[0], _ = key_strides
-        if call.value is not None and call.value_cache is not None:
-            value, value_strides = _with_contiguous_rows(call.value)
-            sources[1] = value.data_ptr()
-            _fill_cache(caches[1], call.value_cache, call.v_scale)
-            token_strides[1], head_strides[1], _ = value_strides
-        self.kernel.write(c, torch.get_num_threads())
+        readable = readable_write(call)
+        self.kernel.write(write_structure(readable), torch.get_num_threads())
+
+    def know_attention(
+        self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]
+    ) -> KnownAttention | None:
+        """What does a planned call again; None where its tensors have to be copied, or torch does not show them to C."""
+        tensors = (*call.operands(), call.out)
+        if self._python is None or not are_plain(tensors) or readable_attention(call) is not call:
+            return None
+        return KnownAttention(self.kernel, self._python, call, asked, lengths)
+
+    def know_write(self, call: WriteCall, asked: str | None) -> KnownWrite | None:
+        """What does a write again; None as for a call."""
+        if self._python is None or not are_plain(call.operands()) or readable_write(call) is not call:
+            return None
+        return KnownWrite(self.kernel, self._python, call, asked)
 
 
 @lru_cache(maxsize=64)
@@ -184,35 +129,3 @@ def _partition(num_workers: int, group: int, num_kv_heads: int, prefill_rows: in
         prefill_units=num_kv_heads,
         shares_prefixes=True,
     )
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _with_contiguous_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The tensor, or a copy of it, with a last stride of 1; and its strides."""
-    strides = tensor.stride()
-    if strides[-1] == 1:
-        return tensor, strides
-    tensor = tensor.contiguous()
-    return tensor, tensor.stride()
-
-
-def _fill_cache(c: CacheC, cache: Tensor, scale: Tensor | None) -> None:
-    is_int4 = cache.dtype == torch.uint8
-    c.data = cache.data_ptr()
-    c.block_stride, c.slot_stride, c.head_stride, _ = cache.stride()
-    c.dim = cache.shape[3] * (2 if is_int4 else 1)
-    if scale is not None:
-        c.scale = scale.data_ptr()
-        if scale.ndim == 1:
-            c.scale_head_stride = scale.stride(0)
-        elif scale.ndim >= 3:
-            c.scale_block_stride, c.scale_slot_stride, c.scale_head_stride = scale.stride()[:3]
-        if is_int4:
-            c.group_size = c.dim // scale.shape[3]

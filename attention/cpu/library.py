@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p, py_object
 from pathlib import Path
 
-__all__ = ["AttentionCallC", "CacheC", "Kernel", "WriteCallC"]
+__all__ = ["AttentionCallC", "CacheC", "Kernel", "KnownAttentionC", "KnownWriteC", "PythonC", "WriteCallC", "python_of"]
+
+MAX_DIMS = 5
+MAX_TENSORS = 13
+# Of DLPack's table of functions in its first major version: behind a header of 16 bytes, an allocator and two functions for
+# owned tensors.
+DLPACK_MAJOR = 1
+PLACE_OF_VIEW = 40
 
 
 class CacheC(Structure):
@@ -44,8 +51,6 @@ class AttentionCallC(Structure):
         ("alibi_slopes", c_void_p),
         ("out", c_void_p),
         ("lse", c_void_p),
-        ("partial_out", c_void_p),
-        ("partial_lse", c_void_p),
         ("query_token_stride", c_int64),
         ("query_head_stride", c_int64),
         ("out_token_stride", c_int64),
@@ -86,6 +91,47 @@ class WriteCallC(Structure):
     ]
 
 
+class PythonC(Structure):
+    """`struct python` in kernels/again.h."""
+
+    _fields_ = [
+        ("view_of", c_void_p),
+        ("item_of", c_void_p),
+        ("release_lock", c_void_p),
+        ("take_lock", c_void_p),
+        ("none", c_void_p),
+    ]
+
+
+class LayoutC(Structure):
+    """`struct layout` in kernels/again.h."""
+
+    _fields_ = [
+        ("device", c_int32 * 2),
+        ("num_dims", c_int32),
+        ("dtype", c_uint32),
+        ("shape", c_int64 * MAX_DIMS),
+        ("strides", c_int64 * MAX_DIMS),
+    ]
+
+
+class KnownAttentionC(Structure):
+    """`struct known_attention` in kernels/again.h."""
+
+    _fields_ = [
+        ("call", AttentionCallC),
+        ("layouts", LayoutC * MAX_TENSORS),
+        ("seq_lens", c_void_p),
+        ("query_start_loc", c_void_p),
+    ]
+
+
+class KnownWriteC(Structure):
+    """`struct known_write` in kernels/again.h."""
+
+    _fields_ = [("call", WriteCallC), ("layouts", LayoutC * MAX_TENSORS), ("num_slots", c_int64)]
+
+
 class Kernel:
     """The loaded library. Each call runs with the best instruction set, from `instruction_set` on, that serves it."""
 
@@ -97,6 +143,14 @@ class Kernel:
         self._write = library.pagedkv_write
         self._write.argtypes = [POINTER(WriteCallC), c_int, c_int, c_void_p]
         self._write.restype = None
+        # Called with the interpreter's lock: these look at Python's objects.
+        with_lock = ctypes.PyDLL(str(path))
+        self._note = with_lock.pagedkv_note
+        self._note.argtypes = [POINTER(PythonC), py_object, c_int, POINTER(LayoutC)]
+        self._attend_again = with_lock.pagedkv_attend_again
+        self._attend_again.argtypes = [POINTER(KnownAttentionC), POINTER(PythonC), py_object, c_int, c_int, c_void_p]
+        self._write_again = with_lock.pagedkv_write_again
+        self._write_again.argtypes = [POINTER(KnownWriteC), POINTER(PythonC), py_object, c_int, c_int, c_int, c_void_p]
         _check_sizes(library)
         library.pagedkv_instruction_set.argtypes = [c_int, POINTER(c_int), POINTER(c_int)]
         library.pagedkv_instruction_set.restype = c_char_p
@@ -131,11 +185,36 @@ class Kernel:
         """Run a write."""
         self._write(byref(call), self.instruction_sets[self.instruction_set], num_threads, self._parallel)
 
+    def note(self, python: PythonC, tensors: tuple[object, ...], known: KnownAttentionC | KnownWriteC) -> None:
+        """Note down in `known` how tensors lie. Raises what torch raises of one that has no memory."""
+        if self._note(byref(python), tensors, len(tensors), known.layouts) != 0:
+            raise ValueError(f"a tensor has more than {MAX_DIMS} dimensions")
+
+    def attend_again(
+        self, known: KnownAttentionC, python: PythonC, tensors: tuple[object, ...], num_threads: int
+    ) -> bool:
+        """Run the known call on other tensors; False, with nothing done, if they lie otherwise. Raises as `attend`."""
+        index = self.instruction_sets[self.instruction_set]
+        result: int = self._attend_again(byref(known), byref(python), tensors, index, num_threads, self._parallel)
+        if result < 0:
+            raise MemoryError("the attention kernel found no memory to work in")
+        return result == 0
+
+    def write_again(
+        self, known: KnownWriteC, python: PythonC, tensors: tuple[object, ...], checks_slots: bool, num_threads: int
+    ) -> bool:
+        """Run the known write on other tensors; False, with nothing done, if they lie otherwise or a slot is out of range."""
+        index = self.instruction_sets[self.instruction_set]
+        arguments = (byref(known), byref(python), tensors, checks_slots, index, num_threads, self._parallel)
+        return bool(self._write_again(*arguments) == 0)
+
 
 def _check_sizes(library: ctypes.CDLL) -> None:
     for structure, size in (
         (AttentionCallC, library.pagedkv_size_of_attention_call),
         (WriteCallC, library.pagedkv_size_of_write_call),
+        (KnownAttentionC, library.pagedkv_size_of_known_attention),
+        (KnownWriteC, library.pagedkv_size_of_known_write),
     ):
         size.restype = c_int64
         if size() != ctypes.sizeof(structure):
@@ -153,3 +232,23 @@ def _team_of_the_process() -> int | None:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
     except (AttributeError, OSError):
         return None
+
+
+def python_of(dlpack_table: object) -> PythonC | None:
+    """By which functions the kernel looks at tensors whose type has this table; None if they are not in it.
+
+    dlpack_table: `__dlpack_c_exchange_api__` of the type, or None
+    """
+    if dlpack_table is None:
+        return None
+    api = ctypes.pythonapi
+    api.PyCapsule_GetPointer.restype = c_void_p
+    api.PyCapsule_GetPointer.argtypes = [py_object, c_char_p]
+    address = api.PyCapsule_GetPointer(dlpack_table, b"dlpack_exchange_api")
+    major = c_uint32.from_address(address).value
+    view_of = c_void_p.from_address(address + PLACE_OF_VIEW).value
+    if major != DLPACK_MAJOR or not view_of:
+        return None
+    names = ("PyTuple_GetItem", "PyEval_SaveThread", "PyEval_RestoreThread")
+    functions = (ctypes.cast(getattr(api, name), c_void_p).value for name in names)
+    return PythonC(view_of, *functions, id(None))

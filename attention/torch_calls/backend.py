@@ -69,6 +69,12 @@ class TorchBackend:
         """One task per sequence: tasks are not read, for torch divides the work of each of its calls itself."""
         return Partition(num_workers=1, max_decode_rows=2**30, query_tile=2**30, min_split=2**30)
 
+    def know_attention(self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]) -> None:
+        """Nothing: each call is checked."""
+
+    def know_write(self, call: WriteCall, asked: str | None) -> None:
+        """Nothing: each write is checked."""
+
     def describe(self) -> str:
         """The library it is written in."""
         return f"torch {torch.__version__}, gather and SDPA"

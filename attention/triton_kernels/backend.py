@@ -8,6 +8,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
 from pagedkv.attention.formats import CacheFormat
@@ -119,6 +120,12 @@ class TritonBackend:
             query_tile=prefill_rows(group) // group,
             min_split=256,
         )
+
+    def know_attention(self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]) -> None:
+        """Nothing: each call is checked."""
+
+    def know_write(self, call: WriteCall, asked: str | None) -> None:
+        """Nothing: each write is checked."""
 
     def describe(self) -> str:
         """The version of Triton, and the GPU."""

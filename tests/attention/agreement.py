@@ -70,6 +70,11 @@ def check_call(batch: Batch, backend: str, device: str = "cpu", *, is_planned: b
         check_refusal(refusal, backend)
         out, lse = batch.call(None, device=device)
     check(batch, out, lse)
+    if plan is not None and plan.backend == "cpu":
+        # Another call of the plan, as of the next layer, goes another way.
+        again = batch.call(backend, plan=plan, device=device)
+        for first, second in zip((out, lse), again, strict=True):
+            torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
 
 
 def check_refusal(refusal: BackendUnsupportedError, backend: str) -> None:

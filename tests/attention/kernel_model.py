@@ -35,6 +35,12 @@ class KernelModel:
     def partition(self, num_q_heads: int, num_kv_heads: int, device: torch.device) -> Partition:
         return Partition(num_workers=4, max_decode_rows=8, query_tile=4, min_split=4, tasks_per_worker=2)
 
+    def know_attention(self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]) -> None:
+        """Nothing: each call is checked."""
+
+    def know_write(self, call: WriteCall, asked: str | None) -> None:
+        """Nothing: each write is checked."""
+
     def describe(self) -> str:
         return "a model of a kernel"
 

@@ -19,6 +19,7 @@ from pagedkv.engine import (
     ContextLengthError,
     EngineClosedError,
     MemoryBudgetError,
+    NgramDrafter,
     SamplingParams,
     UnsupportedModelError,
 )
@@ -367,6 +368,23 @@ def test_memory_that_is_not_there_is_refused_with_the_arithmetic(model: Any) -> 
 def test_limits_beside_a_scheduler_config_are_refused(model: Any, option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} and scheduler_config say the same thing twice: give one of them"):
         make_llm(model, scheduler_config=SchedulerConfig(64, 4), **{option: 4})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("drafter", "ngram", r"drafter must be an object such as NgramDrafter\(\), found 'ngram'"),
+        ("drafter", NgramDrafter, r"drafter must be an object such as NgramDrafter\(\), found the class NgramDrafter"),
+        (
+            "tokenizer",
+            "gpt2",
+            r"tokenizer must be an object such as AutoTokenizer.from_pretrained\(name\), found 'gpt2'",
+        ),
+    ],
+)
+def test_a_name_in_the_place_of_an_object_is_refused(model: Any, option: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_llm(model, **{option: value})
 
 
 def test_swapping_without_swap_memory_is_refused(model: Any) -> None:

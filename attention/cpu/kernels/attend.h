@@ -177,8 +177,8 @@ static void TARGET NAME(finish_row)(const struct NAME(task) *task, int kv_head, 
         return;
     }
     int64_t part = ((int64_t)task->partial + token - task->first) * call->num_q_heads + head;
-    for (int d = 0; d < dim; d++) call->partial_out[part * dim + d] = channels[d] * factor;
-    call->partial_lse[part] = lse;
+    for (int d = 0; d < dim; d++) s->partial_out[part * dim + d] = channels[d] * factor;
+    s->partial_lse[part] = lse;
 }
 
 static void TARGET NAME(attend)(const struct attention_call *call, int64_t index, int first_head, int end_head,

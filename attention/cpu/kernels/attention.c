@@ -42,6 +42,7 @@ struct job {
     const struct attention_call *call;
     int64_t widest, bytes, num_units; /* query rows of the widest unit; bytes of one thread's memory */
     char *memory;
+    float *partial_out, *partial_lse; /* of sequences that are split: [num_partial_tokens][num_q_heads][value_dim], and without the last */
     int has_tiles;
     atomic_llong next, next_thread;
 };
@@ -240,14 +241,18 @@ int pagedkv_attention(const struct attention_call *call, int set, int num_thread
     if (num_threads > num_units) num_threads = num_units ? (int)num_units : 1;
     struct job job = {.call = call, .widest = widest, .bytes = SETS[set].scratch_bytes(call, widest, SETS[set].has_tiles), .num_units = num_units,
                       .has_tiles = SETS[set].has_tiles};
-    job.memory = aligned_alloc(64, (size_t)(job.bytes * num_threads));
+    int64_t num_partials = call->num_partial_tokens * call->num_q_heads;
+    int64_t partial_bytes = (num_partials * (call->value.dim + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
+    job.memory = aligned_alloc(64, (size_t)(job.bytes * num_threads + partial_bytes));
     if (!job.memory) return -1;
+    job.partial_out = (float *)(job.memory + job.bytes * num_threads);
+    job.partial_lse = job.partial_out + num_partials * call->value.dim;
     run_on_threads(SETS[set].run, &job, num_threads, parallel);
-    free(job.memory);
     if (call->num_merges) {
         atomic_store(&job.next, 0);
         run_on_threads(SETS[set].merge, &job, num_threads, parallel);
     }
+    free(job.memory);
     return 0;
 }
 
@@ -258,3 +263,5 @@ void pagedkv_write(const struct write_call *call, int set, int num_threads, para
     if (num_threads > call->num_tokens / at_once) num_threads = (int)(call->num_tokens / at_once);
     run_on_threads(SETS[set].write, &job, num_threads, parallel);
 }
+
+#include "again.h"

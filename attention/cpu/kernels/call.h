@@ -27,7 +27,6 @@ struct attention_call {
     const float *sinks, *alibi_slopes;
     void *out;
     float *lse;
-    float *partial_out, *partial_lse;
     int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride, table_stride;
     int64_t num_tasks, num_decode_tasks, num_merges, num_partial_tokens;
     int64_t num_q_heads, num_kv_heads, block_size, tree_words;

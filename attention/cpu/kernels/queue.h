@@ -12,6 +12,7 @@ static void TARGET NAME(run)(void *argument) {
     struct NAME(scratch) scratch;
     char *memory = job->memory + atomic_fetch_add(&job->next_thread, 1) * job->bytes;
     NAME(divide_scratch)(&scratch, call, job->widest, job->has_tiles, memory);
+    scratch.partial_out = job->partial_out, scratch.partial_lse = job->partial_lse;
     memset(scratch.zeros, 0, (NAME(words)(call->key.dim) + NAME(words)(call->value.dim)) * sizeof(float));
 #ifdef BF16_DOT
     if (call->format != FORMAT_FLOAT && call->format != FORMAT_INT4) NAME(fill_table)(call->format, scratch.table);

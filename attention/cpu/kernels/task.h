@@ -15,6 +15,7 @@ struct NAME(scratch) {
     const char **keys[2], **values[2]; /* [K]: head 0 of each key, of this tile and of the next */
     float *key_scales, *value_scales; /* [K] */
     float largest_value_scale;
+    float *partial_out, *partial_lse; /* of the job */
     float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
     float *zeros;
     uint8_t table[256];
