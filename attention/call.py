@@ -66,7 +66,7 @@ class AttentionCall:
     lse: Tensor | None
 
     def operands(self) -> tuple[Tensor | None, ...]:
-        """The tensors that a caller gives, in the order in which kernels/again.h has them."""
+        """The tensors that a caller gives, in the order in which kernels/known_calls.h has them."""
         return (
             self.query,
             self.key_cache,
@@ -95,7 +95,7 @@ class WriteCall:
     v_scale: Tensor | None
 
     def operands(self) -> tuple[Tensor | None, ...]:
-        """All of them, in the order in which kernels/again.h has them."""
+        """All of them, in the order in which kernels/known_calls.h has them."""
         return (
             self.key,
             self.value,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
-from pagedkv.attention.cpu.again import KnownAttention, KnownWrite, are_plain
 from pagedkv.attention.cpu.build import KernelBuildError, find_kernel
+from pagedkv.attention.cpu.known_calls import KnownAttention, KnownWrite, are_plain
 from pagedkv.attention.cpu.library import Kernel, python_of
 from pagedkv.attention.cpu.structures import (
     DTYPES,
@@ -106,14 +106,14 @@ class CPUBackend:
     def know_attention(
         self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]
     ) -> KnownAttention | None:
-        """What does a planned call again; None where its tensors have to be copied, or torch does not show them to C."""
+        """What does a planned call once more; None where its tensors have to be copied, or torch does not show them to C."""
         tensors = (*call.operands(), call.out)
         if self._python is None or not are_plain(tensors) or readable_attention(call) is not call:
             return None
         return KnownAttention(self.kernel, self._python, call, asked, lengths)
 
     def know_write(self, call: WriteCall, asked: str | None) -> KnownWrite | None:
-        """What does a write again; None as for a call."""
+        """What does a write once more; None as for a call."""
         if self._python is None or not are_plain(call.operands()) or readable_write(call) is not call:
             return None
         return KnownWrite(self.kernel, self._python, call, asked)

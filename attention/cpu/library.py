@@ -92,7 +92,7 @@ class WriteCallC(Structure):
 
 
 class PythonC(Structure):
-    """`struct python` in kernels/again.h."""
+    """`struct python` in kernels/known_calls.h."""
 
     _fields_ = [
         ("view_of", c_void_p),
@@ -104,7 +104,7 @@ class PythonC(Structure):
 
 
 class LayoutC(Structure):
-    """`struct layout` in kernels/again.h."""
+    """`struct layout` in kernels/known_calls.h."""
 
     _fields_ = [
         ("device", c_int32 * 2),
@@ -116,7 +116,7 @@ class LayoutC(Structure):
 
 
 class KnownAttentionC(Structure):
-    """`struct known_attention` in kernels/again.h."""
+    """`struct known_attention` in kernels/known_calls.h."""
 
     _fields_ = [
         ("call", AttentionCallC),
@@ -127,7 +127,7 @@ class KnownAttentionC(Structure):
 
 
 class KnownWriteC(Structure):
-    """`struct known_write` in kernels/again.h."""
+    """`struct known_write` in kernels/known_calls.h."""
 
     _fields_ = [("call", WriteCallC), ("layouts", LayoutC * MAX_TENSORS), ("num_slots", c_int64)]
 
@@ -147,10 +147,10 @@ class Kernel:
         with_lock = ctypes.PyDLL(str(path))
         self._note = with_lock.pagedkv_note
         self._note.argtypes = [POINTER(PythonC), py_object, c_int, POINTER(LayoutC)]
-        self._attend_again = with_lock.pagedkv_attend_again
-        self._attend_again.argtypes = [POINTER(KnownAttentionC), POINTER(PythonC), py_object, c_int, c_int, c_void_p]
-        self._write_again = with_lock.pagedkv_write_again
-        self._write_again.argtypes = [POINTER(KnownWriteC), POINTER(PythonC), py_object, c_int, c_int, c_int, c_void_p]
+        self._attend_known = with_lock.pagedkv_attend_known
+        self._attend_known.argtypes = [POINTER(KnownAttentionC), POINTER(PythonC), py_object, c_int, c_int, c_void_p]
+        self._write_known = with_lock.pagedkv_write_known
+        self._write_known.argtypes = [POINTER(KnownWriteC), POINTER(PythonC), py_object, c_int, c_int, c_int, c_void_p]
         _check_sizes(library)
         library.pagedkv_instruction_set.argtypes = [c_int, POINTER(c_int), POINTER(c_int)]
         library.pagedkv_instruction_set.restype = c_char_p
@@ -190,23 +190,23 @@ class Kernel:
         if self._note(byref(python), tensors, len(tensors), known.layouts) != 0:
             raise ValueError(f"a tensor has more than {MAX_DIMS} dimensions")
 
-    def attend_again(
+    def attend_known(
         self, known: KnownAttentionC, python: PythonC, tensors: tuple[object, ...], num_threads: int
     ) -> bool:
         """Run the known call on other tensors; False, with nothing done, if they lie otherwise. Raises as `attend`."""
         index = self.instruction_sets[self.instruction_set]
-        result: int = self._attend_again(byref(known), byref(python), tensors, index, num_threads, self._parallel)
+        result: int = self._attend_known(byref(known), byref(python), tensors, index, num_threads, self._parallel)
         if result < 0:
             raise MemoryError("the attention kernel found no memory to work in")
         return result == 0
 
-    def write_again(
+    def write_known(
         self, known: KnownWriteC, python: PythonC, tensors: tuple[object, ...], checks_slots: bool, num_threads: int
     ) -> bool:
         """Run the known write on other tensors; False, with nothing done, if they lie otherwise or a slot is out of range."""
         index = self.instruction_sets[self.instruction_set]
         arguments = (byref(known), byref(python), tensors, checks_slots, index, num_threads, self._parallel)
-        return bool(self._write_again(*arguments) == 0)
+        return bool(self._write_known(*arguments) == 0)
 
 
 def _check_sizes(library: ctypes.CDLL) -> None:

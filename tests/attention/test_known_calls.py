@@ -367,7 +367,7 @@ def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     step = step_of_two()
     made = plan_of(step)
     paged_attention(*step.tensors, plan=made)
-    monkeypatch.setattr(backend_named("cpu").kernel, "_attend_again", lambda *_: -1)
+    monkeypatch.setattr(backend_named("cpu").kernel, "_attend_known", lambda *_: -1)
 
     with pytest.raises(MemoryError, match="no memory to work in"):
         paged_attention(*step.tensors, plan=made)

@@ -264,4 +264,4 @@ void pagedkv_write(const struct write_call *call, int set, int num_threads, para
     run_on_threads(SETS[set].write, &job, num_threads, parallel);
 }
 
-#include "again.h"
+#include "known_calls.h"

@@ -84,7 +84,7 @@ static int lie_as_noted(const struct python *python, void *tensors, int num_tens
 /* Runs a call whose tensors (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sinks, alibi_slopes,
    tree_mask, k_scale, v_scale, out, lse) lie as those of `known`, and whose lengths are the plan's. Returns 1 where that is not
    so, with nothing done; else as pagedkv_attention. Called with Python's lock, which is not held while the kernel runs. */
-int pagedkv_attend_again(const struct known_attention *known, const struct python *python, void *tensors, int set, int num_threads,
+int pagedkv_attend_known(const struct known_attention *known, const struct python *python, void *tensors, int set, int num_threads,
                          parallel_t parallel) {
     void *at[MAX_TENSORS];
     if (!lie_as_noted(python, tensors, 13, known->layouts, at)) return 1;
@@ -105,7 +105,7 @@ int pagedkv_attend_again(const struct known_attention *known, const struct pytho
 
 /* The same for a write (key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale); also 1 where a slot is out of range,
    if slots are checked. */
-int pagedkv_write_again(const struct known_write *known, const struct python *python, void *tensors, int checks_slots, int set,
+int pagedkv_write_known(const struct known_write *known, const struct python *python, void *tensors, int checks_slots, int set,
                         int num_threads, parallel_t parallel) {
     void *at[MAX_TENSORS];
     if (!lie_as_noted(python, tensors, 7, known->layouts, at)) return 1;

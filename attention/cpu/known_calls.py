@@ -65,7 +65,7 @@ class KnownAttention:
                 out = torch.empty_like(self._out, memory_format=torch.contiguous_format)
             lse = None if self._lse is None else torch.empty_like(self._lse, memory_format=torch.contiguous_format)
             tensors = (*operands, out, lse)
-            if not self._kernel.attend_again(self._known, self._python, tensors, torch.get_num_threads()):
+            if not self._kernel.attend_known(self._known, self._python, tensors, torch.get_num_threads()):
                 return None
         except _UNKNOWN:
             return None
@@ -96,7 +96,7 @@ class KnownWrite:
             return (
                 asked == self._asked
                 and are_plain(operands)
-                and self._kernel.write_again(
+                and self._kernel.write_known(
                     self._known, self._python, operands, bool(check_slots), torch.get_num_threads()
                 )
             )
