@@ -37,7 +37,7 @@ static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key,
 }
 
 /* Rows of one head that will be read soon; where there are fewer than num_wanted, a place that costs nothing. */
-static void TARGET NAME(rows_ahead)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head, int num_rows,
+static void RARE NAME(rows_ahead)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head, int num_rows,
                                     int num_wanted, const char **ahead) {
     int64_t offset = head * cache->head_stride * ELEMENT_BYTES(task->call);
     for (int i = 0; i < num_wanted + DOT_KEYS; i++)

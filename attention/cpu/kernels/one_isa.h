@@ -32,6 +32,7 @@
 #undef DOT_ROWS
 #undef FETCH_ROWS
 #undef INLINE
+#undef RARE
 #undef vf
 #undef vi
 #undef vu

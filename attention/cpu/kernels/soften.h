@@ -39,9 +39,6 @@ INLINE vf NAME(biased)(const struct NAME(task) *task, vf x, int head, int token,
     return x;
 }
 
-/* What no inner loop calls: copies in its callers would only make the library larger. */
-#define RARE TARGET __attribute__((noinline))
-
 /* The first key of a tile that a tree mask may hide; beyond any tile where there is no mask. */
 INLINE int NAME(first_hidden)(const struct NAME(task) *task, int first_key) {
     if (!task->call->tree_mask) return INT32_MAX;
@@ -187,4 +184,3 @@ static void TARGET NAME(soften)(const struct NAME(task) *task, int kv_head, cons
     (void)weight, (void)work;
 }
 #undef WORK_SHARE
-#undef RARE

@@ -2,6 +2,8 @@
    NAME(x), TARGET, LANES (floats in a vector) and, where there are bf16 dot products, BF16_DOT defined. */
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
+/* What no inner loop calls: copies in its callers would only make the library larger. */
+#define RARE TARGET __attribute__((noinline))
 
 typedef float NAME(vf) __attribute__((vector_size(LANES * 4)));
 typedef int32_t NAME(vi) __attribute__((vector_size(LANES * 4)));
