@@ -13,7 +13,7 @@ MAX_DIMS = 5
 MAX_TENSORS = 13
 # Of DLPack's table of functions in its first major version: behind a header of 16 bytes, an allocator and two functions for
 # owned tensors.
-DLPACK_MAJOR = 1
+DLPACK_NAME, DLPACK_MAJOR = b"dlpack_exchange_api", 1
 PLACE_OF_VIEW = 40
 
 
@@ -239,12 +239,12 @@ def python_of(dlpack_table: object) -> PythonC | None:
 
     dlpack_table: `__dlpack_c_exchange_api__` of the type, or None
     """
-    if dlpack_table is None:
-        return None
     api = ctypes.pythonapi
+    api.PyCapsule_IsValid.argtypes = api.PyCapsule_GetPointer.argtypes = [py_object, c_char_p]
     api.PyCapsule_GetPointer.restype = c_void_p
-    api.PyCapsule_GetPointer.argtypes = [py_object, c_char_p]
-    address = api.PyCapsule_GetPointer(dlpack_table, b"dlpack_exchange_api")
+    if not api.PyCapsule_IsValid(dlpack_table, DLPACK_NAME):
+        return None
+    address = api.PyCapsule_GetPointer(dlpack_table, DLPACK_NAME)
     major = c_uint32.from_address(address).value
     view_of = c_void_p.from_address(address + PLACE_OF_VIEW).value
     if major != DLPACK_MAJOR or not view_of:
