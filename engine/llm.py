@@ -145,8 +145,10 @@ class LLM:
         client:   whose share they take, if there are shares
         progress: whether a bar is shown; None: on a terminal, after two seconds
 
-        Every argument is checked before anything is computed. An interrupt aborts what is under way.
+        Every argument is checked before anything is computed. Timings count from the call, tokenizing included.
+        An interrupt aborts what is under way.
         """
+        arrival_s = self.engine.clock()
         batch = as_prompts(prompts)
         each = _one_for_each(params, len(batch))
         checked = [self.check(prompt, given) for prompt, given in zip(batch, each, strict=True)]
@@ -167,6 +169,7 @@ class LLM:
                     ids[-1],
                     token_ids,
                     given,
+                    arrival_s=arrival_s,
                     prompt=text,
                     on_finish=keep,
                     priority=priority,

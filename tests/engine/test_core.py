@@ -54,6 +54,22 @@ def test_a_request_that_fails_at_its_first_token_had_none_and_its_record_is_read
     assert len(read_run(tmp_path / "run").requests.end_s) == 2
 
 
+def test_a_request_counts_from_before_its_prompt_was_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    llm = make_llm(clock=clock)
+
+    def take_two_seconds(text: str) -> list[int]:
+        clock.now += 2
+        return [len(text)]
+
+    monkeypatch.setattr(llm, "_encode", take_two_seconds)
+
+    first, second = (output.timings for output in llm.generate(["some", "text"], GREEDY))
+
+    assert (first.arrival_s, second.arrival_s) == (0.0, 0.0)
+    assert (first.ttft_s, second.ttft_s) == (4.0, 4.0)
+
+
 def test_the_first_token_is_there_when_it_was_brought_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     llm = make_llm(clock=clock)
