@@ -28,7 +28,7 @@ class KnownAttention(Protocol):
     """A planned call that passed all checks. One that asks the same of tensors that lie alike would pass them too."""
 
     def attend(
-        self, operands: tuple[Tensor | None, ...], asked: tuple[object, ...], out: Tensor | None
+        self, operands: tuple[Tensor, *tuple[Tensor | None, ...]], asked: tuple[object, ...], out: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The result; None, with nothing written, if this is another call."""
 

@@ -12,8 +12,9 @@ from pagedkv.attention.cpu.structures import attention_structure, write_structur
 __all__ = ["KnownAttention", "KnownWrite", "are_plain"]
 
 _PLAIN = {Tensor, type(None)}
-# Raised of a tensor without memory (a sparse one, or one that a transform sees), and of options that cannot be compared.
-_UNKNOWN = (BufferError, RuntimeError, TypeError, ValueError)
+# Raised of None in the place of a query, of a tensor without memory (a sparse one, or one that a transform sees), and of options
+# that cannot be compared.
+_UNKNOWN = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
 
 
 def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -29,7 +30,7 @@ class KnownAttention:
     lengths: that the plan was made for
     """
 
-    __slots__ = ("_asked", "_kept", "_kernel", "_known", "_lse", "_out", "_python")
+    __slots__ = ("_asked", "_kept", "_kernel", "_known", "_lse", "_out_shape", "_python")
 
     def __init__(
         self,
@@ -42,8 +43,9 @@ class KnownAttention:
         self._kernel = kernel
         self._python = python
         self._asked = asked
-        self._out = _like(call.out)
-        self._lse = None if call.lse is None else _like(call.lse)
+        # Of a query's shape, as most outputs are, one is made in half the time.
+        self._out_shape = None if call.out.shape == call.query.shape else call.out.shape
+        self._lse = None if call.lse is None else (call.lse.shape, call.lse.dtype)
         # Their addresses stand in the structure; those of other tensors that stand there are replaced at each call.
         self._kept = (call.tasks, call.merges, lengths)
         self._known = KnownAttentionC(call=attention_structure(call))
@@ -55,15 +57,15 @@ class KnownAttention:
         return type(None), ()
 
     def attend(
-        self, operands: tuple[Tensor | None, ...], asked: tuple[object, ...], out: Tensor | None
+        self, operands: tuple[Tensor, *tuple[Tensor | None, ...]], asked: tuple[object, ...], out: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The result; None, with nothing written, if this is another call."""
         try:
             if asked != self._asked or not are_plain((*operands, out)):
                 return None
             if out is None:
-                out = torch.empty_like(self._out, memory_format=torch.contiguous_format)
-            lse = None if self._lse is None else torch.empty_like(self._lse, memory_format=torch.contiguous_format)
+                out = self._new_out(operands[0])
+            lse = None if self._lse is None else torch.empty(self._lse[0], dtype=self._lse[1], device="cpu")
             tensors = (*operands, out, lse)
             if not self._kernel.attend_known(self._known, self._python, tensors, torch.get_num_threads()):
                 return None
@@ -71,10 +73,10 @@ class KnownAttention:
             return None
         return out if lse is None else (out, lse)
 
-
-def _like(tensor: Tensor) -> Tensor:
-    """One of this shape and dtype, with one element in memory, for `empty_like`: `empty` takes 2 us to read sizes from Python."""
-    return tensor.new_empty(()).expand(tensor.shape)
+    def _new_out(self, query: Tensor) -> Tensor:
+        if self._out_shape is None:
+            return torch.empty_like(query, memory_format=torch.contiguous_format)
+        return query.new_empty(self._out_shape)
 
 
 class KnownWrite:

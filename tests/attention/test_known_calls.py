@@ -207,6 +207,19 @@ def test_what_is_refused_is_refused_beside_a_known_call(options: dict[str, Any])
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("value_dim", [8, 6])
+@pytest.mark.parametrize("name", NAMES)
+def test_none_in_the_place_of_a_tensor_is_refused_by_name(name: str, value_dim: int) -> None:
+    step = step_of_two(value_dim=value_dim)
+    tensors: dict[str, Any] = dict(zip(NAMES, step.tensors, strict=True))
+    made = plan_of(step)
+    first = paged_attention(**tensors, plan=made)
+
+    assert torch.equal(paged_attention(**tensors, plan=made), first)
+    with pytest.raises(AttentionArgumentError, match=f"{name} must be a torch tensor, found builtins.NoneType"):
+        paged_attention(**(tensors | {name: None}), plan=made)
+
+
 @pytest.mark.parametrize("name", ["seq_lens", "query_start_loc"])
 def test_lengths_that_changed_in_place_are_those_of_another_step(name: str) -> None:
     step = step_of_two()
