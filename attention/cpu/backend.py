@@ -11,7 +11,7 @@ from torch import Tensor
 from pagedkv.attention.call import AttentionCall, Features, WriteCall
 from pagedkv.attention.cpu.build import KernelBuildError, find_kernel
 from pagedkv.attention.cpu.known_calls import KnownAttention, KnownWrite, are_plain
-from pagedkv.attention.cpu.library import Kernel, python_of
+from pagedkv.attention.cpu.library import Kernel
 from pagedkv.attention.cpu.structures import (
     DTYPES,
     attention_structure,
@@ -42,13 +42,12 @@ class CPUBackend:
     def __init__(self) -> None:
         self._kernel: Kernel | None = None
         self._reason: str | None = None
-        self._python = python_of(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 
     def unavailable(self) -> str | None:
         """Why there is no compiled kernel; None if there is one. The first call may compile it."""
         if self._kernel is None and self._reason is None:
             try:
-                self._kernel = Kernel(find_kernel())
+                self._kernel = Kernel(find_kernel(), getattr(Tensor, "__dlpack_c_exchange_api__", None))
             except (KernelBuildError, OSError) as error:
                 self._reason = str(error)
                 warnings.warn(
@@ -106,17 +105,20 @@ class CPUBackend:
     def know_attention(
         self, call: AttentionCall, asked: tuple[object, ...], lengths: tuple[Tensor, Tensor]
     ) -> KnownAttention | None:
-        """What does a planned call once more; None where its tensors have to be copied, or torch does not show them to C."""
-        tensors = (*call.operands(), call.out)
-        if self._python is None or not are_plain(tensors) or readable_attention(call) is not call:
+        """What does a planned call once more; None where its tensors have to be copied, or are not shown to C."""
+        tensors = (*call.operands(), call.out, call.lse)
+        if not are_plain(tensors) or readable_attention(call) is not call:
             return None
-        return KnownAttention(self.kernel, self._python, call, asked, lengths)
+        layouts = self.kernel.layouts_of(tensors)
+        return None if layouts is None else KnownAttention(self.kernel, layouts, call, asked, lengths)
 
     def know_write(self, call: WriteCall, asked: str | None) -> KnownWrite | None:
         """What does a write once more; None as for a call."""
-        if self._python is None or not are_plain(call.operands()) or readable_write(call) is not call:
+        tensors = call.operands()
+        if not are_plain(tensors) or readable_write(call) is not call:
             return None
-        return KnownWrite(self.kernel, self._python, call, asked)
+        layouts = self.kernel.layouts_of(tensors)
+        return None if layouts is None else KnownWrite(self.kernel, layouts, call, asked)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.attention.call import AttentionCall, WriteCall
-from pagedkv.attention.cpu.library import Kernel, KnownAttentionC, KnownWriteC, PythonC
+from pagedkv.attention.cpu.library import Kernel, KnownAttentionC, KnownWriteC, Layouts
 from pagedkv.attention.cpu.structures import attention_structure, write_structure
 
 __all__ = ["KnownAttention", "KnownWrite", "are_plain"]
@@ -25,32 +25,31 @@ def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
 class KnownAttention:
     """A planned call that passed all checks. One that asks the same of tensors that lie alike would pass them too.
 
+    layouts: of its operands, `out` and `lse`
     call:    readable as it is
     asked:   its options as they were given
     lengths: that the plan was made for
     """
 
-    __slots__ = ("_asked", "_kept", "_kernel", "_known", "_lse", "_out_shape", "_python")
+    __slots__ = ("_asked", "_kept", "_kernel", "_known", "_lse", "_out_shape")
 
     def __init__(
         self,
         kernel: Kernel,
-        python: PythonC,
+        layouts: Layouts,
         call: AttentionCall,
         asked: tuple[object, ...],
         lengths: tuple[Tensor, Tensor],
     ) -> None:
         self._kernel = kernel
-        self._python = python
         self._asked = asked
         # Of a query's shape, as most outputs are, one is made in half the time.
         self._out_shape = None if call.out.shape == call.query.shape else call.out.shape
         self._lse = None if call.lse is None else (call.lse.shape, call.lse.dtype)
         # Their addresses stand in the structure; those of other tensors that stand there are replaced at each call.
         self._kept = (call.tasks, call.merges, lengths)
-        self._known = KnownAttentionC(call=attention_structure(call))
+        self._known = KnownAttentionC(call=attention_structure(call), layouts=layouts)
         self._known.seq_lens, self._known.query_start_loc = (tensor.data_ptr() for tensor in lengths)
-        kernel.note(python, (*call.operands(), call.out, call.lse), self._known)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # Addresses mean nothing elsewhere: a plan that is pickled or copied deeply knows no call.
@@ -67,7 +66,7 @@ class KnownAttention:
                 out = self._new_out(operands[0])
             lse = None if self._lse is None else torch.empty(self._lse[0], dtype=self._lse[1], device="cpu")
             tensors = (*operands, out, lse)
-            if not self._kernel.attend_known(self._known, self._python, tensors, torch.get_num_threads()):
+            if not self._kernel.attend_known(self._known, tensors, torch.get_num_threads()):
                 return None
         except _UNKNOWN:
             return None
@@ -82,15 +81,13 @@ class KnownAttention:
 class KnownWrite:
     """A write that passed all checks. One of tensors that lie alike would pass them too, but for its slots."""
 
-    __slots__ = ("_asked", "_kernel", "_known", "_python")
+    __slots__ = ("_asked", "_kernel", "_known")
 
-    def __init__(self, kernel: Kernel, python: PythonC, call: WriteCall, asked: str | None) -> None:
+    def __init__(self, kernel: Kernel, layouts: Layouts, call: WriteCall, asked: str | None) -> None:
         self._kernel = kernel
-        self._python = python
         self._asked = asked
         num_slots = call.key_cache.shape[0] * call.key_cache.shape[1]
-        self._known = KnownWriteC(call=write_structure(call), num_slots=num_slots)
-        kernel.note(python, call.operands(), self._known)
+        self._known = KnownWriteC(call=write_structure(call), layouts=layouts, num_slots=num_slots)
 
     def write(self, operands: tuple[Tensor | None, ...], asked: str | None, check_slots: bool) -> bool:
         """Whether this is a write like the known one, and done; else nothing was written."""
@@ -98,9 +95,7 @@ class KnownWrite:
             return (
                 asked == self._asked
                 and are_plain(operands)
-                and self._kernel.write_known(
-                    self._known, self._python, operands, bool(check_slots), torch.get_num_threads()
-                )
+                and self._kernel.write_known(self._known, operands, bool(check_slots), torch.get_num_threads())
             )
         except _UNKNOWN:
             return False

@@ -6,8 +6,9 @@ import ctypes
 import sys
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p, py_object
 from pathlib import Path
+from typing import TypeAlias
 
-__all__ = ["AttentionCallC", "CacheC", "Kernel", "KnownAttentionC", "KnownWriteC", "PythonC", "WriteCallC", "python_of"]
+__all__ = ["AttentionCallC", "CacheC", "Kernel", "KnownAttentionC", "KnownWriteC", "Layouts", "WriteCallC"]
 
 MAX_DIMS = 5
 MAX_TENSORS = 13
@@ -115,12 +116,16 @@ class LayoutC(Structure):
     ]
 
 
+_LAYOUTS = LayoutC * MAX_TENSORS
+Layouts: TypeAlias = ctypes.Array[LayoutC]
+
+
 class KnownAttentionC(Structure):
     """`struct known_attention` in kernels/known_calls.h."""
 
     _fields_ = [
         ("call", AttentionCallC),
-        ("layouts", LayoutC * MAX_TENSORS),
+        ("layouts", _LAYOUTS),
         ("seq_lens", c_void_p),
         ("query_start_loc", c_void_p),
     ]
@@ -129,13 +134,16 @@ class KnownAttentionC(Structure):
 class KnownWriteC(Structure):
     """`struct known_write` in kernels/known_calls.h."""
 
-    _fields_ = [("call", WriteCallC), ("layouts", LayoutC * MAX_TENSORS), ("num_slots", c_int64)]
+    _fields_ = [("call", WriteCallC), ("layouts", _LAYOUTS), ("num_slots", c_int64)]
 
 
 class Kernel:
-    """The loaded library. Each call runs with the best instruction set, from `instruction_set` on, that serves it."""
+    """The loaded library. Each call runs with the best instruction set, from `instruction_set` on, that serves it.
 
-    def __init__(self, path: Path) -> None:
+    dlpack_table: `__dlpack_c_exchange_api__` of the tensors' type, by which C sees them; None if it has none
+    """
+
+    def __init__(self, path: Path, dlpack_table: object = None) -> None:
         library = ctypes.CDLL(str(path))
         self._attention = library.pagedkv_attention
         self._attention.argtypes = [POINTER(AttentionCallC), c_int, c_int, c_void_p]
@@ -170,6 +178,7 @@ class Kernel:
         self.instruction_set = self.in_use[0]
         """Where the search for the one that serves a call begins."""
         self._parallel = _team_of_the_process()
+        self._python = _python_of(dlpack_table)
 
     @property
     def shares_threads(self) -> bool:
@@ -185,27 +194,27 @@ class Kernel:
         """Run a write."""
         self._write(byref(call), self.instruction_sets[self.instruction_set], num_threads, self._parallel)
 
-    def note(self, python: PythonC, tensors: tuple[object, ...], known: KnownAttentionC | KnownWriteC) -> None:
-        """Note down in `known` how tensors lie. Raises what torch raises of one that has no memory."""
-        if self._note(byref(python), tensors, len(tensors), known.layouts) != 0:
-            raise ValueError(f"a tensor has more than {MAX_DIMS} dimensions")
+    def layouts_of(self, tensors: tuple[object, ...]) -> Layouts | None:
+        """How tensors lie, for a known call; None if they are not shown to C. Raises what torch raises of one without memory."""
+        if self._python is None:
+            return None
+        layouts = _LAYOUTS()
+        return layouts if self._note(byref(self._python), tensors, len(tensors), layouts) == 0 else None
 
-    def attend_known(
-        self, known: KnownAttentionC, python: PythonC, tensors: tuple[object, ...], num_threads: int
-    ) -> bool:
+    def attend_known(self, known: KnownAttentionC, tensors: tuple[object, ...], num_threads: int) -> bool:
         """Run the known call on other tensors; False, with nothing done, if they lie otherwise. Raises as `attend`."""
         index = self.instruction_sets[self.instruction_set]
-        result: int = self._attend_known(byref(known), byref(python), tensors, index, num_threads, self._parallel)
+        result: int = self._attend_known(byref(known), self._python, tensors, index, num_threads, self._parallel)
         if result < 0:
             raise MemoryError("the attention kernel found no memory to work in")
         return result == 0
 
     def write_known(
-        self, known: KnownWriteC, python: PythonC, tensors: tuple[object, ...], checks_slots: bool, num_threads: int
+        self, known: KnownWriteC, tensors: tuple[object, ...], checks_slots: bool, num_threads: int
     ) -> bool:
         """Run the known write on other tensors; False, with nothing done, if they lie otherwise or a slot is out of range."""
         index = self.instruction_sets[self.instruction_set]
-        arguments = (byref(known), byref(python), tensors, checks_slots, index, num_threads, self._parallel)
+        arguments = (byref(known), self._python, tensors, checks_slots, index, num_threads, self._parallel)
         return bool(self._write_known(*arguments) == 0)
 
 
@@ -234,11 +243,8 @@ def _team_of_the_process() -> int | None:
         return None
 
 
-def python_of(dlpack_table: object) -> PythonC | None:
-    """By which functions the kernel looks at tensors whose type has this table; None if they are not in it.
-
-    dlpack_table: `__dlpack_c_exchange_api__` of the type, or None
-    """
+def _python_of(dlpack_table: object) -> PythonC | None:
+    """By which functions the kernel looks at tensors; None if this is no table of DLPack's that we know."""
     api = ctypes.pythonapi
     api.PyCapsule_IsValid.argtypes = api.PyCapsule_GetPointer.argtypes = [py_object, c_char_p]
     api.PyCapsule_GetPointer.restype = c_void_p

@@ -23,7 +23,7 @@ from pagedkv.attention.cpu import library
 TABLE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 pytestmark = [
     pytest.mark.skipif(backend_named("cpu").unavailable() is not None, reason="no compiled kernel"),
-    pytest.mark.skipif(library.python_of(TABLE) is None, reason="this torch does not show its tensors to C"),
+    pytest.mark.skipif(library._python_of(TABLE) is None, reason="this torch does not show its tensors to C"),
 ]
 
 NAMES = ("query", "key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc")
@@ -128,10 +128,10 @@ def changed(tensor: Tensor, how: str) -> Tensor:
         return tensor.double()
     if how == "longer":
         return torch.cat((tensor, tensor[:1]))
-    return tensor[None]
+    return tensor[None] if how == "before" else tensor[..., None]
 
 
-@pytest.mark.parametrize("how", ["wider", "double", "longer", "dimension"])
+@pytest.mark.parametrize("how", ["wider", "double", "longer", "before", "behind"])
 @pytest.mark.parametrize("name", [*NAMES, "out", "sinks"])
 def test_what_lies_otherwise_is_checked_and_ends_as_without_a_known_call(name: str, how: str) -> None:
     step = step_of_two()
@@ -385,7 +385,8 @@ def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_torch_without_the_table_checks_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_named("cpu"), "_python", None)
+    monkeypatch.setattr(backend_named("cpu").kernel, "_python", None)
+    monkeypatch.setattr(op, "_known_write", None)
     step = step_of_two()
     made = plan_of(step)
     new, slots = torch.ones(1, 2, 8), torch.tensor([0])
@@ -400,12 +401,12 @@ def test_a_torch_without_the_table_checks_every_call(monkeypatch: pytest.MonkeyP
 def test_a_table_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "DLPACK_MAJOR", 2)
 
-    assert library.python_of(TABLE) is None
+    assert library._python_of(TABLE) is None
 
 
 @pytest.mark.parametrize("table", [None, 0, object()])
 def test_what_is_no_table_is_not_used(table: object) -> None:
-    assert library.python_of(table) is None
+    assert library._python_of(table) is None
 
 
 def written(slots: list[int], value: float, **options: Any) -> Tensor:

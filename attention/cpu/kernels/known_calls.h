@@ -41,7 +41,7 @@ struct known_write {
     int64_t num_slots;
 };
 
-/* Notes down how the first `num_tensors` of a tuple lie. Returns 0; or -1 if one of them cannot be seen. */
+/* Notes down how the first `num_tensors` of a tuple lie. Returns 0; or -1 if one of them is seen otherwise than torch shows it. */
 int pagedkv_note(const struct python *python, void *tensors, int num_tensors, struct layout *layouts) {
     for (int i = 0; i < num_tensors; i++) {
         struct layout *to = layouts + i;
@@ -50,7 +50,7 @@ int pagedkv_note(const struct python *python, void *tensors, int num_tensors, st
         memset(to, 0, sizeof *to);
         to->num_dims = -1;
         if (tensor == python->none) continue;
-        if (python->view_of(tensor, &view) || view.num_dims > MAX_DIMS || !view.strides) return -1;
+        if (python->view_of(tensor, &view) || view.num_dims > MAX_DIMS || (view.num_dims && !view.strides)) return -1;
         memcpy(to->device, view.device, sizeof to->device);
         to->num_dims = view.num_dims;
         to->dtype = view.dtype;
@@ -71,10 +71,10 @@ static int lie_as_noted(const struct python *python, void *tensors, int num_tens
             if (noted->num_dims != -1) return 0;
             continue;
         }
-        if (noted->num_dims == -1 || python->view_of(tensor, &view)) return 0;
-        size_t size = noted->num_dims * sizeof(int64_t);
+        if (python->view_of(tensor, &view)) return 0;
+        size_t size = view.num_dims * sizeof(int64_t);
         if (view.num_dims != noted->num_dims || view.dtype != noted->dtype || memcmp(view.device, noted->device, sizeof noted->device) ||
-            !view.strides || memcmp(view.shape, noted->shape, size) || memcmp(view.strides, noted->strides, size))
+            (size && (!view.strides || memcmp(view.shape, noted->shape, size) || memcmp(view.strides, noted->strides, size))))
             return 0;
         addresses[i] = (char *)view.data + view.byte_offset;
     }
