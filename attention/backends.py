@@ -34,9 +34,9 @@ class KnownAttention(Protocol):
 
 
 class KnownWrite(Protocol):
-    """A write that passed all checks. One of tensors that lie alike would pass them too, but for its slots."""
+    """A write that passed all checks. One of tensors that lie alike would pass them too, if its slots are in range."""
 
-    def write(self, operands: tuple[Tensor | None, ...], asked: str | None, check_slots: bool) -> bool:
+    def write(self, operands: tuple[Tensor | None, ...], asked: str | None) -> bool:
         """Whether this is a write like the known one, and done; else nothing was written."""
 
 

@@ -244,7 +244,7 @@ def write_kv(
     global _known_write
     may_be_known = not is_watched()
     call = WriteCall(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
-    if may_be_known and _known_write is not None and _known_write.write(call.operands(), backend, check_slots):
+    if may_be_known and _known_write is not None and _known_write.write(call.operands(), backend):
         return
     features = check_write(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     chosen = pick_backend(features, backend, for_write=True)

@@ -79,7 +79,7 @@ class KnownAttention:
 
 
 class KnownWrite:
-    """A write that passed all checks. One of tensors that lie alike would pass them too, but for its slots."""
+    """A write that passed all checks. One of tensors that lie alike would pass them too, if its slots are in range."""
 
     __slots__ = ("_asked", "_kernel", "_known")
 
@@ -89,13 +89,13 @@ class KnownWrite:
         num_slots = call.key_cache.shape[0] * call.key_cache.shape[1]
         self._known = KnownWriteC(call=write_structure(call), layouts=layouts, num_slots=num_slots)
 
-    def write(self, operands: tuple[Tensor | None, ...], asked: str | None, check_slots: bool) -> bool:
+    def write(self, operands: tuple[Tensor | None, ...], asked: str | None) -> bool:
         """Whether this is a write like the known one, and done; else nothing was written."""
         try:
             return (
                 asked == self._asked
                 and are_plain(operands)
-                and self._kernel.write_known(self._known, operands, bool(check_slots), torch.get_num_threads())
+                and self._kernel.write_known(self._known, operands, torch.get_num_threads())
             )
         except _UNKNOWN:
             return False

@@ -158,7 +158,7 @@ class Kernel:
         self._attend_known = with_lock.pagedkv_attend_known
         self._attend_known.argtypes = [POINTER(KnownAttentionC), POINTER(PythonC), py_object, c_int, c_int, c_void_p]
         self._write_known = with_lock.pagedkv_write_known
-        self._write_known.argtypes = [POINTER(KnownWriteC), POINTER(PythonC), py_object, c_int, c_int, c_int, c_void_p]
+        self._write_known.argtypes = [POINTER(KnownWriteC), POINTER(PythonC), py_object, c_int, c_int, c_void_p]
         _check_sizes(library)
         library.pagedkv_instruction_set.argtypes = [c_int, POINTER(c_int), POINTER(c_int)]
         library.pagedkv_instruction_set.restype = c_char_p
@@ -209,13 +209,11 @@ class Kernel:
             raise MemoryError("the attention kernel found no memory to work in")
         return result == 0
 
-    def write_known(
-        self, known: KnownWriteC, tensors: tuple[object, ...], checks_slots: bool, num_threads: int
-    ) -> bool:
+    def write_known(self, known: KnownWriteC, tensors: tuple[object, ...], num_threads: int) -> bool:
         """Run the known write on other tensors; False, with nothing done, if they lie otherwise or a slot is out of range."""
         index = self.instruction_sets[self.instruction_set]
-        arguments = (byref(known), self._python, tensors, checks_slots, index, num_threads, self._parallel)
-        return bool(self._write_known(*arguments) == 0)
+        result: int = self._write_known(byref(known), self._python, tensors, index, num_threads, self._parallel)
+        return result == 0
 
 
 def _check_sizes(library: ctypes.CDLL) -> None:

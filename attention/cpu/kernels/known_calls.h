@@ -103,14 +103,14 @@ int pagedkv_attend_known(const struct known_attention *known, const struct pytho
     return result;
 }
 
-/* The same for a write (key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale); also 1 where a slot is out of range,
-   if slots are checked. */
-int pagedkv_write_known(const struct known_write *known, const struct python *python, void *tensors, int checks_slots, int set,
+/* The same for a write (key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale); also 1 where a slot is out
+   of range, which may be an error. */
+int pagedkv_write_known(const struct known_write *known, const struct python *python, void *tensors, int set,
                         int num_threads, parallel_t parallel) {
     void *at[MAX_TENSORS];
     if (!lie_as_noted(python, tensors, 7, known->layouts, at)) return 1;
     const int64_t *slots = at[4];
-    for (int64_t i = 0; checks_slots && i < known->call.num_tokens; i++)
+    for (int64_t i = 0; i < known->call.num_tokens; i++)
         if (slots[i] < -1 || slots[i] >= known->num_slots) return 1;
     struct write_call call = known->call;
     call.source[0] = at[0], call.source[1] = at[1];
