@@ -419,11 +419,12 @@ def test_what_is_no_table_is_not_used(table: object) -> None:
 
 
 def written(slots: list[int], value: float, **options: Any) -> Tensor:
-    """The slots' first channel after a write."""
-    cache = torch.zeros(3, 4, 2, 8)
+    """The slots' first channel after a write of keys, and of values of the other sign."""
+    keys, values = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
     new = torch.full((len(slots), 2, 8), value)
-    write_kv(new, new, cache, cache.clone(), torch.tensor(slots), **options)
-    return cache[..., 0, 0].flatten()
+    write_kv(new, -new, keys, values, torch.tensor(slots), **options)
+    assert torch.equal(values, -keys)
+    return keys[..., 0, 0].flatten()
 
 
 def test_the_next_write_is_not_checked(unchecked: Callable[[], None]) -> None:
