@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from known import TABLE, needs_known_calls
 from small_steps import SmallStep, check_close, naive_attention, small_step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,31 +21,9 @@ from pagedkv.attention import AttentionArgumentError, AttentionPlan, op, paged_a
 from pagedkv.attention.backends import backend_named
 from pagedkv.attention.cpu import library
 
-TABLE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-pytestmark = [
-    pytest.mark.skipif(backend_named("cpu").unavailable() is not None, reason="no compiled kernel"),
-    pytest.mark.skipif(library._python_of(TABLE) is None, reason="this torch does not show its tensors to C"),
-]
+pytestmark = needs_known_calls
 
 NAMES = ("query", "key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc")
-
-
-class CheckedError(Exception):
-    """Raised in the place of checks."""
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, a call that is checked raises CheckedError."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise CheckedError
-
-    def start() -> None:
-        monkeypatch.setattr(op, "attention_features", refuse)
-        monkeypatch.setattr(op, "check_write", refuse)
-
-    return start
 
 
 def step_of_two(**options: Any) -> SmallStep:
@@ -416,68 +395,3 @@ def test_a_table_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("table", [None, 0, object()])
 def test_what_is_no_table_is_not_used(table: object) -> None:
     assert library._python_of(table) is None
-
-
-def written(slots: list[int], value: float, **options: Any) -> Tensor:
-    """The slots' first channel after a write of keys, and of values of the other sign."""
-    keys, values = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
-    new = torch.full((len(slots), 2, 8), value)
-    write_kv(new, -new, keys, values, torch.tensor(slots), **options)
-    assert torch.equal(values, -keys)
-    return keys[..., 0, 0].flatten()
-
-
-def test_the_next_write_is_not_checked(unchecked: Callable[[], None]) -> None:
-    written([3, 5], 1.0)
-
-    unchecked()
-    found = written([7, -1], 2.0)
-
-    assert found.nonzero().flatten().tolist() == [7]
-    assert found[7] == 2.0
-    with pytest.raises(CheckedError):
-        written([7], 1.0)
-
-
-@pytest.mark.parametrize("slots", [[3, 12], [-2, 3]])
-def test_slots_out_of_range_are_refused_beside_a_known_write(slots: list[int]) -> None:
-    written([3, 5], 1.0)
-
-    with pytest.raises(AttentionArgumentError, match=r"slot_mapping must be in -1..11"):
-        written(slots, 1.0)
-
-
-def test_slots_are_not_looked_at_where_they_need_not_be(unchecked: Callable[[], None]) -> None:
-    written([3, 5], 1.0)
-
-    unchecked()
-    assert written([11, 0], 1.0, check_slots=False).nonzero().flatten().tolist() == [0, 11]
-
-
-@pytest.mark.parametrize("kind", ["latent", "scaled"])
-def test_a_write_of_a_latent_and_one_with_scales_are_known_too(kind: str, unchecked: Callable[[], None]) -> None:
-    new, slots = torch.ones(2, 1, 8), torch.tensor([1, 2])
-
-    def latent() -> tuple[Tensor, ...]:
-        cache = torch.zeros(3, 4, 1, 8)
-        write_kv(new, None, cache, None, slots)
-        return (cache,)
-
-    def scaled() -> tuple[Tensor, ...]:
-        caches = [torch.zeros(3, 4, 1, 8, dtype=torch.int8) for _ in range(2)]
-        scales = [torch.zeros(3, 4, 1) for _ in range(2)]
-        write_kv(new, new, *caches, slots, k_scale=scales[0], v_scale=scales[1])
-        return *caches, *scales
-
-    write = latent if kind == "latent" else scaled
-    expected = write()
-    unchecked()
-
-    assert all(torch.equal(one, other) for one, other in zip(write(), expected, strict=True))
-    assert expected[-1].count_nonzero() > 0
-
-
-def test_another_backend_is_asked() -> None:
-    written([3, 5], 1.0, backend="cpu")
-    assert written([3, 5], 1.0, backend="reference").count_nonzero() == 2
-    assert op._known_write is None

@@ -2,7 +2,7 @@
    as attention over a thousand tokens; what they look at is noted down once, and compared here. A tensor is looked at through DLPack's
    table of C functions (https://dmlc.github.io/dlpack/latest/c_api.html), which torch has. */
 
-enum { MAX_DIMS = 5, MAX_TENSORS = 13 };
+enum { MAX_DIMS = 5, MAX_TENSORS = 13, WRITE_TENSORS = 7 };
 
 /* DLTensor, of DLPack's first major version. */
 struct view {
@@ -87,7 +87,7 @@ static int lie_as_noted(const struct python *python, void *tensors, int num_tens
 int pagedkv_attend_known(const struct known_attention *known, const struct python *python, void *tensors, int set, int num_threads,
                          parallel_t parallel) {
     void *at[MAX_TENSORS];
-    if (!lie_as_noted(python, tensors, 13, known->layouts, at)) return 1;
+    if (!lie_as_noted(python, tensors, MAX_TENSORS, known->layouts, at)) return 1;
     size_t lengths_size = known->layouts[4].shape[0] * sizeof(int32_t);
     if (memcmp(at[4], known->seq_lens, lengths_size) || memcmp(at[5], known->query_start_loc, lengths_size + sizeof(int32_t))) return 1;
     struct attention_call call = known->call;
@@ -108,7 +108,7 @@ int pagedkv_attend_known(const struct known_attention *known, const struct pytho
 int pagedkv_write_known(const struct known_write *known, const struct python *python, void *tensors, int set,
                         int num_threads, parallel_t parallel) {
     void *at[MAX_TENSORS];
-    if (!lie_as_noted(python, tensors, 7, known->layouts, at)) return 1;
+    if (!lie_as_noted(python, tensors, WRITE_TENSORS, known->layouts, at)) return 1;
     const int64_t *slots = at[4];
     for (int64_t i = 0; i < known->call.num_tokens; i++)
         if (slots[i] < -1 || slots[i] >= known->num_slots) return 1;
