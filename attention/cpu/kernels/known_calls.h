@@ -41,7 +41,7 @@ struct known_write {
     int64_t num_slots;
 };
 
-/* Notes down how the first `num_tensors` of a tuple lie. Returns 0; or -1 if one of them is seen otherwise than torch shows it. */
+/* Notes down how the first `num_tensors` of a tuple lie. Returns 0; or -1 if one of them is shown in a way that is not known here. */
 int pagedkv_note(const struct python *python, void *tensors, int num_tensors, struct layout *layouts) {
     for (int i = 0; i < num_tensors; i++) {
         struct layout *to = layouts + i;
