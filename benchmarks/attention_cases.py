@@ -213,7 +213,11 @@ def _empty(case: Case, num_blocks: int, dim: int, dtype: torch.dtype, is_hnd: bo
     shape = scale_shape(cache_format, num_blocks, case.block_size, heads, dim)
     if shape is None:
         return cache, None
-    return cache, torch.ones(shape, dtype=torch.bfloat16 if cache_format is CacheFormat.INT4 else torch.float32)
+    is_per_token = len(shape) > 1
+    if is_hnd and is_per_token:
+        shape = (num_blocks, heads, case.block_size, *shape[3:])
+    scale = torch.ones(shape, dtype=torch.bfloat16 if cache_format is CacheFormat.INT4 else torch.float32)
+    return cache, scale.transpose(1, 2) if is_hnd and is_per_token else scale
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from pagedkv.storage.views import Layout, layer_views
 
 __all__ = ["FORMAT", "SavedBlocks", "read_file", "read_saved", "write_file"]
 
-FORMAT = "pagedkv blocks 1"
+FORMAT = "pagedkv blocks 2"
 TENSOR = "blocks"
 USER_PREFIX = "user."
 MAX_METADATA_BYTES = 2**20

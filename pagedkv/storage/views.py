@@ -35,7 +35,7 @@ def _views_of_layer(buffer: Tensor, spec: KVSpec, layout: Layout, parts: dict[st
     views: dict[str, Tensor] = {}
     for name, part in parts.items():
         is_scale = name.endswith("scale")
-        view = _view(buffer, spec, "NHD" if is_scale else layout, part, layer, scale_dtype if is_scale else dtype)
+        view = _view(buffer, spec, layout, part, layer, scale_dtype if is_scale else dtype)
         if is_scale:
             view = view.squeeze(-1) if spec.dtype == "int8" else view.view(*view.shape[:-1], -1, 2)
         views[name] = view

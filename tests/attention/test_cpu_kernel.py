@@ -65,6 +65,9 @@ CASES = {
         window=(600, None), has_sinks=True,
     ),
     "many rows of several heads": Batch(lens=((1, 300), (2, 90)), num_kv_heads=3, group=24, head_dim=64, value_dim=64),
+    "heads outside": Batch(
+        lens=((1, 300), (4, 90), (40, 77)), block_size=20, num_kv_heads=3, group=2, head_dim=96, value_dim=160, layout="hnd",
+    ),
     "latent": Batch(lens=((1, 300), (2, 33)), group=16, head_dim=576, value_dim=512, layout="latent"),
     "tree": Batch(lens=((5, 50), (33, 80)), num_kv_heads=2, group=2, has_tree_mask=True),
 }  # fmt: skip

@@ -144,7 +144,7 @@ static void TARGET NAME(load_queries)(const struct NAME(task) *task) {
                 continue;
             }
 #endif
-            NAME(row_to_words)(&as_row, FORMAT_FLOAT, call->dtype, from, 0, 0, to, task->key_words);
+            NAME(row_to_words)(&as_row, FORMAT_FLOAT, call->dtype, from, 0, to, task->key_words);
 #endif
         }
 }

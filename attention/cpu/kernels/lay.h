@@ -1,14 +1,15 @@
 /* Where a tile's keys and values are, and how they are laid out for the products. Included once per instruction set after
    task.h. */
 
-/* Starts fetching the scales of up to num_keys slots of a block, from `slot` on, unless they lie so far apart that more would
-   be fetched than is read. */
-static void TARGET NAME(fetch_scales)(const struct attention_call *call, const struct cache *cache, int64_t block, int slot,
-                                      int num_keys) {
-    int64_t bytes = call->format == FORMAT_INT8 ? 4 : 2;
-    int64_t first = block * cache->scale_block_stride + slot * cache->scale_slot_stride;
-    int64_t end = first + (num_keys < call->block_size - slot ? num_keys : call->block_size - slot) * cache->scale_slot_stride;
-    if ((end - first) * bytes <= MAX_SCALE_BYTES) NAME(fetch)((const char *)cache->scale + first * bytes, (int)((end - first) * bytes));
+/* Starts fetching the scales of the task's heads for up to num_keys slots of a block, from `slot` on, unless they lie so far apart
+   that more would be fetched than is read. */
+static void TARGET NAME(fetch_scales)(const struct NAME(task) *task, const struct cache *cache, int64_t block, int slot, int num_keys) {
+    const struct attention_call *call = task->call;
+    const int64_t bytes = call->format == FORMAT_INT8 ? 4 : 2, width = call->format == FORMAT_INT8 ? 1 : 2 * (cache->dim / cache->group_size);
+    const int64_t num_slots = num_keys < call->block_size - slot ? num_keys : call->block_size - slot;
+    int64_t first = block * cache->scale_block_stride + slot * cache->scale_slot_stride + task->first_head * cache->scale_head_stride;
+    int64_t count = (num_slots - 1) * cache->scale_slot_stride + (task->end_head - task->first_head - 1) * cache->scale_head_stride + width;
+    if (count * bytes <= MAX_SCALE_BYTES) NAME(fetch)((const char *)cache->scale + first * bytes, (int)(count * bytes));
 }
 
 /* Where channel 0 of head 0 lies for each key of a tile. */
@@ -24,8 +25,8 @@ static void TARGET NAME(find_rows)(const struct NAME(task) *task, int first_key,
         const char *key = (const char *)call->key.data + (block * call->key.block_stride + slot * call->key.slot_stride) * bytes;
         const char *value = (const char *)call->value.data + (block * call->value.block_stride + slot * call->value.slot_stride) * bytes;
         if (call->format == FORMAT_INT8 || call->format == FORMAT_INT4) {
-            NAME(fetch_scales)(call, &call->key, block, slot, num_keys - i);
-            NAME(fetch_scales)(call, &call->value, block, slot, num_keys - i);
+            NAME(fetch_scales)(task, &call->key, block, slot, num_keys - i);
+            NAME(fetch_scales)(task, &call->value, block, slot, num_keys - i);
         }
         for (; slot < block_size && i < num_keys; slot++, i++) {
             keys[i] = key;
@@ -49,8 +50,8 @@ static const uint16_t *NAME(group_scales)(const struct cache *cache, int64_t blo
            head * cache->scale_head_stride;
 }
 
-/* Rows of one head of a tile as words, each at its pointer; returns whether they are read in place. */
-static int TARGET NAME(words_of_head)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head,
+/* Rows of one head of a tile as words, each at its pointer: read in place where that can be, else made in `to`. */
+static void TARGET NAME(words_of_head)(const struct NAME(task) *task, const struct cache *cache, const char **rows, int head,
                                       int first_key, int num_keys, int num_words, float *to, const char **pointers) {
     const struct attention_call *call = task->call;
     int64_t offset = head * cache->head_stride * ELEMENT_BYTES(call);
@@ -59,18 +60,28 @@ static int TARGET NAME(words_of_head)(const struct NAME(task) *task, const struc
                        (IS_INTEGER || (call->format == FORMAT_FLOAT && (call->dtype == DTYPE_F32 || PER_WORD == 2))));
     if (is_in_place) {
         for (int i = 0; i < num_keys; i++) pointers[i] = rows[i] + offset;
-        return 1;
+        return;
     }
+    for (int i = 0; i < num_keys; i++) pointers[i] = (const char *)(to + (int64_t)i * num_words);
+#ifdef BF16_DOT
+    const uint8_t *codes_as_bf16 = task->scratch->codes_as_bf16;
+    if (call->format == FORMAT_E4M3 || call->format == FORMAT_E5M2) {
+        NAME(codes_to_bf16)(0, codes_as_bf16, rows, offset, num_keys, (int)cache->dim, num_words, to);
+        return;
+    }
+    if (call->format == FORMAT_INT8) {
+        NAME(codes_to_bf16)(1, codes_as_bf16, rows, offset, num_keys, (int)cache->dim, num_words, to);
+        return;
+    }
+#endif
     const int32_t *table = call->block_tables + task->seq * call->table_stride;
-    for (int i = 0; i < num_keys; i++) {
-        const uint16_t *scale = 0;
-        if (call->format == FORMAT_INT4)
-            scale = NAME(group_scales)(cache, table[(first_key + i) / call->block_size], (first_key + i) % call->block_size, head);
-        float *row = to + (int64_t)i * num_words;
-        NAME(row_to_words)(cache, call->format, call->dtype, rows[i] + offset, scale, task->scratch->table, row, num_words);
-        pointers[i] = (const char *)row;
+    const int is_int4 = call->format == FORMAT_INT4, block_size = (int)call->block_size;
+    int block_idx = first_key / block_size, slot = first_key % block_size;
+    for (int i = 0; i < num_keys; i++, slot++) {
+        if (slot == block_size) slot = 0, block_idx++;
+        const uint16_t *scale = is_int4 ? NAME(group_scales)(cache, table[block_idx], slot, head) : 0;
+        NAME(row_to_words)(cache, call->format, call->dtype, rows[i] + offset, scale, to + (int64_t)i * num_words, num_words);
     }
-    return 0;
 }
 
 /* INT8: the scale of each key or value of one head of a tile, zeros behind the last. */
@@ -81,15 +92,20 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
     int block_size = (int)call->block_size;
     for (int i = 0; i < num_keys;) {
         int slot = (first_key + i) % block_size;
+        int num_slots = num_keys - i < block_size - slot ? num_keys - i : block_size - slot, s = 0;
         const float *scale = (const float *)cache->scale + table[(first_key + i) / block_size] * cache->scale_block_stride +
                              slot * cache->scale_slot_stride + head * cache->scale_head_stride;
+        if (cache->scale_slot_stride == 1) {
+            for (; s < num_slots; s++) to[i + s] = scale[s];
+        }
 #if LANES == 16
         const __m512i apart = _mm512_mullo_epi32((__m512i)NAME(lane_numbers)(), _mm512_set1_epi32((int)cache->scale_slot_stride));
         const int is_near = cache->scale_slot_stride < 1 << 26; /* fifteen steps fit an int32 */
-        for (; is_near && slot + 16 <= block_size && i + 16 <= num_keys; slot += 16, i += 16, scale += 16 * cache->scale_slot_stride)
-            _mm512_storeu_ps(to + i, _mm512_i32gather_ps(apart, scale, 4));
+        for (; is_near && s + 16 <= num_slots; s += 16)
+            _mm512_storeu_ps(to + i + s, _mm512_i32gather_ps(apart, scale + s * cache->scale_slot_stride, 4));
 #endif
-        for (; slot < block_size && i < num_keys; slot++, i++, scale += cache->scale_slot_stride) to[i] = *scale;
+        for (; s < num_slots; s++) to[i + s] = scale[s * cache->scale_slot_stride];
+        i += num_slots;
     }
     for (int i = num_keys; i % LANES; i++) to[i] = 0.0f;
 }

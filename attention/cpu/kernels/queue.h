@@ -15,7 +15,7 @@ static void TARGET NAME(run)(void *argument) {
     scratch.partial_out = job->partial_out, scratch.partial_lse = job->partial_lse;
     memset(scratch.zeros, 0, (NAME(words)(call->key.dim) + NAME(words)(call->value.dim)) * sizeof(float));
 #ifdef BF16_DOT
-    if (call->format != FORMAT_FLOAT && call->format != FORMAT_INT4) NAME(fill_table)(call->format, scratch.table);
+    if (call->format != FORMAT_FLOAT && call->format != FORMAT_INT4) NAME(fill_table)(call->format, scratch.codes_as_bf16);
 #endif
     int64_t num_heads = call->num_kv_heads, num_prefill = job->num_units - call->num_decode_tasks;
     for (;;) {

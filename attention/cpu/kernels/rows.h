@@ -53,11 +53,15 @@ INLINE uint16_t NAME(to_f16)(float x) {
     return sign | (uint16_t)((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13);
 }
 
-#if LANES == 8
+#if LANES >= 8
 /* Sixteen halves as floats. */
 INLINE void NAME(halves_to_floats)(__m256i halves, float factor, float *to) {
+#if LANES == 16
+    NAME(store)(to, (vf)_mm512_cvtph_ps(halves) * factor);
+#else
     NAME(store)(to, (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(halves)) * factor);
     NAME(store)(to + 8, (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)) * factor);
+#endif
 }
 
 /* Sixteen codes of fp8. E5M2 is the upper half of a float16. E4M3 has a bit less of exponent: moved down by one place, it is
@@ -79,8 +83,12 @@ INLINE void NAME(int4_to_floats)(const uint8_t *codes, float step, float minimum
     const __m128i low_half = _mm_set1_epi8(15);
     __m128i both = _mm_loadl_epi64((const __m128i *)codes);
     __m128i x = _mm_unpacklo_epi8(_mm_and_si128(both, low_half), _mm_and_si128(_mm_srli_epi16(both, 4), low_half));
+#if LANES == 16
+    NAME(store)(to, (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)) * step + minimum);
+#else
     NAME(store)(to, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)) * step + minimum);
     NAME(store)(to + 8, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))) * step + minimum);
+#endif
 }
 #endif
 
@@ -94,10 +102,7 @@ static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, in
         memcpy(to, row, 4 * dim);
     } else if (format == FORMAT_FLOAT && dtype == DTYPE_F16) {
         int i = 0;
-#if LANES == 16
-        for (; i + 16 <= dim; i += 16)
-            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + i))));
-#elif LANES == 8
+#if LANES >= 8
         for (; i + 16 <= dim; i += 16) NAME(halves_to_floats)(_mm256_loadu_si256((const __m256i *)(halves + i)), 1.0f, to + i);
 #endif
         for (; i < dim; i++) to[i] = NAME(from_f16)(halves[i]);
@@ -105,13 +110,13 @@ static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, in
         for (int i = 0; i < dim; i++) to[i] = NAME(from_bf16)(halves[i]);
     } else if (format == FORMAT_E4M3) {
         int i = 0;
-#if LANES == 8
+#if LANES >= 8
         for (; i + 16 <= dim; i += 16) NAME(fp8_to_floats)(FORMAT_E4M3, bytes + i, to + i);
 #endif
         for (; i < dim; i++) to[i] = NAME(from_e4m3)(bytes[i]);
     } else if (format == FORMAT_E5M2) {
         int i = 0;
-#if LANES == 8
+#if LANES >= 8
         for (; i + 16 <= dim; i += 16) NAME(fp8_to_floats)(FORMAT_E5M2, bytes + i, to + i);
 #endif
         for (; i < dim; i++) to[i] = NAME(from_e5m2)(bytes[i]);
@@ -122,7 +127,7 @@ static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, in
         for (int group = 0; group * group_size < dim; group++) {
             float step = NAME(from_bf16)(scale[2 * group]), minimum = NAME(from_bf16)(scale[2 * group + 1]);
             int i = group * group_size, end = i + group_size;
-#if LANES == 8
+#if LANES >= 8
             for (; i + 16 <= end; i += 16) NAME(int4_to_floats)(bytes + i / 2, step, minimum, to + i);
 #endif
             for (; i < end; i += 2) {
@@ -139,32 +144,42 @@ INLINE void NAME(store_bf16)(uint16_t *to, const float *from, int n) { /* n is a
         _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 }
 
-/* 64 codes of one byte to 64 bf16, by two tables of 128 entries: the codes' low seven bits choose, the high bit is the
-   sign. INT8 is looked up by its magnitude; -128, which no write makes, reads as -127. */
-INLINE void NAME(codes_to_bf16)(__m512i codes, __m512i is_int8, const uint8_t table[256], uint16_t *to) {
-    __m512i magnitude = _mm512_min_epu8(_mm512_abs_epi8(codes), _mm512_set1_epi8(127));
-    __m512i index = _mm512_ternarylogic_epi32(is_int8, magnitude, codes, 0xCA);
-    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index, _mm512_loadu_si512(table + 192));
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xF8);
+/* Rows of codes of one byte as bf16, up to 64 at a time, by two tables of 128 entries: a code's low seven bits choose, its high bit
+   is the sign. INT8 is looked up by its magnitude; -128, which no write makes, reads as -127. Rows begin num_words words apart and
+   end in zeros: code 0. */
+INLINE void NAME(codes_to_bf16)(int is_int8, const uint8_t table[256], const char *const *rows, int64_t offset, int num_rows,
+                                int dim, int num_words, float *to) {
+    const __m512i low_0 = _mm512_loadu_si512(table), low_64 = _mm512_loadu_si512(table + 64);
+    const __m512i high_0 = _mm512_loadu_si512(table + 128), high_64 = _mm512_loadu_si512(table + 192);
     /* Interleaving works within 128-bit parts: order the parts first, so that the result is in order. */
-    __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    low = _mm512_permutexvar_epi64(order, low);
-    high = _mm512_permutexvar_epi64(order, high);
-    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
-    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int r = 0; r < num_rows; r++)
+        for (int i = 0; i < dim; i += 64) {
+            __mmask64 are_there = dim - i < 64 ? ~0ull >> (64 - (dim - i)) : ~0ull;
+            __m512i codes = _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(are_there, rows[r] + offset + i));
+            __m512i index = is_int8 ? _mm512_min_epu8(_mm512_abs_epi8(codes), _mm512_set1_epi8(127)) : codes;
+            __m512i low = _mm512_permutex2var_epi8(low_0, index, low_64), high = _mm512_permutex2var_epi8(high_0, index, high_64);
+            high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xF8);
+            uint16_t *words = (uint16_t *)(to + (int64_t)r * num_words) + i;
+            _mm512_storeu_si512(words, _mm512_unpacklo_epi8(low, high));
+            if (dim - i > 32) _mm512_storeu_si512(words + 32, _mm512_unpackhi_epi8(low, high));
+        }
 }
 
 /* A group has sixteen values: they are computed once, and its codes choose among them. */
 static void TARGET NAME(int4_to_bf16)(const uint8_t *codes, const uint16_t *scale, int dim, int group_size, uint16_t *to) {
     const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low_half = _mm512_set1_epi32(0x000F000F);
     for (int first = 0; first < dim; first += group_size, scale += 2) {
-        __m512 step = _mm512_set1_ps(NAME(from_bf16)(scale[0])), minimum = _mm512_set1_ps(NAME(from_bf16)(scale[1]));
+        int32_t pair;
+        memcpy(&pair, scale, sizeof pair); /* the step is its low half, the minimum its high half */
+        __m512i both = _mm512_set1_epi32(pair);
+        __m512 step = (__m512)_mm512_slli_epi32(both, 16), minimum = (__m512)_mm512_and_si512(both, _mm512_set1_epi32(-65536));
         __m512i values = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(numbers, step, minimum)));
         for (int i = first; i < first + group_size; i += 32) {
             __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
-            __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)); /* a byte's halves, one in each half of a word */
-            __m512i index = _mm512_and_si512(both, _mm512_set1_epi32(0x000F000F));
+            /* A byte's halves, one in each half of a word: (bytes | bytes << 12) & low_half. */
+            __m512i index = _mm512_ternarylogic_epi32(bytes, _mm512_slli_epi32(bytes, 12), low_half, 0xA8);
             _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index, values));
         }
     }
@@ -185,36 +200,27 @@ static void TARGET NAME(fill_table)(int format, uint8_t table[256]) {
 
 /* One row as words (or, of int8, as it is), zeros behind the last channel up to num_words. */
 static void TARGET NAME(row_to_words)(const struct cache *cache, int format, int dtype, const char *row,
-                                      const uint16_t *scale, const uint8_t *table, float *words, int num_words) {
+                                      const uint16_t *scale, float *words, int num_words) {
+    int dim = (int)cache->dim;
 #ifdef BF16_DOT
     uint16_t *to = (uint16_t *)words;
-    int dim = (int)cache->dim;
     if (format == FORMAT_FLOAT) {
         memcpy(to, row, 2 * dim);
-        memset(to + dim, 0, 4 * num_words - 2 * dim);
-        return;
-    }
-    if (format != FORMAT_INT4 && dim % 64 == 0) {
-        __m512i is_int8 = _mm512_set1_epi8(format == FORMAT_INT8 ? -1 : 0);
-        for (int i = 0; i < dim; i += 64) NAME(codes_to_bf16)(_mm512_loadu_si512(row + i), is_int8, table, to + i);
-        return;
-    }
-    if (format == FORMAT_INT4 && cache->group_size % 32 == 0) {
+    } else if (format == FORMAT_INT4 && cache->group_size % 32 == 0) {
         NAME(int4_to_bf16)((const uint8_t *)row, scale, dim, (int)cache->group_size, to);
-        memset(to + dim, 0, 4 * num_words - 2 * dim);
-        return;
+    } else {
+        float floats[MAX_DIM + 64];
+        NAME(row_to_floats)(cache, format, dtype, row, scale, floats);
+        memset(floats + dim, 0, 64 * sizeof(float));
+        NAME(store_bf16)(to, floats, 2 * num_words);
     }
-    float floats[MAX_DIM + 64];
-    NAME(row_to_floats)(cache, format, dtype, row, scale, floats);
-    memset(floats + dim, 0, (2 * num_words - dim) * sizeof(float));
-    NAME(store_bf16)(to, floats, 2 * num_words);
+    for (int i = dim; i < 2 * num_words; i++) to[i] = 0;
 #elif defined(INT16_DOT)
-    (void)format, (void)dtype, (void)scale, (void)table;
-    memcpy(words, row, cache->dim);
-    memset((char *)words + cache->dim, 0, 2 * num_words - cache->dim);
+    (void)format, (void)dtype, (void)scale;
+    memcpy(words, row, dim);
+    memset((char *)words + dim, 0, 2 * num_words - dim);
 #else
-    (void)table;
     NAME(row_to_floats)(cache, format, dtype, row, scale, words);
-    memset(words + cache->dim, 0, (num_words - cache->dim) * sizeof(float));
+    memset(words + dim, 0, (num_words - dim) * sizeof(float));
 #endif
 }

@@ -18,7 +18,7 @@ struct NAME(scratch) {
     float *partial_out, *partial_lse; /* of the job */
     float *query_scales; /* [heads][rows]: what one unit of an int16 query stands for */
     float *zeros;
-    uint8_t table[256];
+    uint8_t codes_as_bf16[256]; /* see fill_table */
 };
 
 /* Whether rows are bf16 whose channels are widened as they are read, without a copy as floats. */

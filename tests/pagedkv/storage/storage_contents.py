@@ -44,6 +44,11 @@ def filled(
     return storage
 
 
+def raw_bytes(view: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, with a last dimension for the bytes of an element."""
+    return view.unsqueeze(-1).view(torch.uint8)
+
+
 def contents(storage: KVStorage) -> Contents:
     return {
         "device": storage.read_blocks(np.arange(storage.num_blocks)).numpy(),

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from storage_contents import DTYPES, assert_same, contents, fail_at_line, filled, ids, small_spec
+from storage_contents import DTYPES, assert_same, contents, fail_at_line, filled, ids, raw_bytes, small_spec
 
 from pagedkv import BlockStateError, InvalidArgumentError
 from pagedkv.errors import SavedBlocksError
@@ -63,7 +63,7 @@ def test_slots_behind_the_last_token_are_saved_as_zeros(tmp_path: Path, dtype: s
         for name in ("key_cache", "value_cache", "k_scale", "v_scale"):
             own, loaded = getattr(storage, name)(layer), getattr(other, name)(layer)
             if own is not None:
-                own, loaded = own.view(torch.uint8), loaded.view(torch.uint8)
+                own, loaded = raw_bytes(own), raw_bytes(loaded)
                 assert torch.equal(loaded[0], own[0])
                 assert torch.equal(loaded[1, 0], own[1, 0])
                 assert own[1, 1:].any()

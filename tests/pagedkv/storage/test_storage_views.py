@@ -7,6 +7,7 @@ import torch
 from storage_contents import (
     DTYPES,
     ids,
+    raw_bytes,
     small_spec,
 )
 
@@ -42,7 +43,7 @@ def test_no_two_views_share_a_byte_and_together_they_are_the_storage(dtype: str,
             storage.v_scale(layer),
         ):
             if view is not None:
-                raw = view.view(torch.uint8)
+                raw = raw_bytes(view)
                 assert not raw.any()
                 raw.fill_(1)
                 marked += raw.numel()
@@ -51,18 +52,24 @@ def test_no_two_views_share_a_byte_and_together_they_are_the_storage(dtype: str,
     assert int(storage.read_blocks(ids(0, 1)).sum()) == marked
 
 
-def test_int8_has_a_scale_per_token_and_head() -> None:
-    storage = KVStorage(small_spec("int8"), 3)
+@pytest.mark.parametrize(("layout", "strides"), [("NHD", (3, 1)), ("HND", (1, 2))])
+def test_int8_has_a_scale_per_token_and_head_in_the_order_of_the_layout(layout: str, strides: tuple[int, int]) -> None:
+    storage = KVStorage(KVSpec(2, 3, 16, dtype="int8", block_size=2), 3, layout=layout)
 
-    assert (storage.k_scale(0).shape, storage.k_scale(0).dtype) == ((3, 2, 2), torch.float32)
-    assert storage.v_scale(1).shape == (3, 2, 2)
+    for scale in (storage.k_scale(0), storage.v_scale(1)):
+        assert (scale.shape, scale.dtype) == ((3, 2, 3), torch.float32)
+        assert scale.stride()[1:] == strides
 
 
-def test_int4_packs_two_channels_and_has_a_scale_per_group() -> None:
-    storage = KVStorage(KVSpec(1, 2, 64, dtype="int4", block_size=2), 3)
+@pytest.mark.parametrize(("layout", "strides"), [("NHD", (3 * 4, 4, 2, 1)), ("HND", (4, 2 * 4, 2, 1))])
+def test_int4_packs_two_channels_and_has_a_scale_per_group_in_the_order_of_the_layout(
+    layout: str, strides: tuple[int, ...]
+) -> None:
+    storage = KVStorage(KVSpec(1, 3, 64, dtype="int4", block_size=2), 3, layout=layout)
 
-    assert (storage.key_cache(0).shape, storage.key_cache(0).dtype) == ((3, 2, 2, 32), torch.uint8)
-    assert (storage.k_scale(0).shape, storage.k_scale(0).dtype) == ((3, 2, 2, 2, 2), torch.bfloat16)
+    assert (storage.key_cache(0).shape, storage.key_cache(0).dtype) == ((3, 2, 3, 32), torch.uint8)
+    assert (storage.k_scale(0).shape, storage.k_scale(0).dtype) == ((3, 2, 3, 2, 2), torch.bfloat16)
+    assert storage.k_scale(0).stride()[1:] == strides
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
