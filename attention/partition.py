@@ -137,13 +137,14 @@ def _with_prefills(
     prefills = is_prefill.nonzero()[0]
     # Those with query tokens that are no prefills, which all have some.
     decodes = ((num_queries > 0) ^ is_prefill).nonzero()[0]
-    num_tiles = -(-num_queries.take(prefills) // query_tile)
+    num_tiles = (num_queries.take(prefills) + (query_tile - 1)) // query_tile
     tiles = sequences.take(np.concatenate((decodes, prefills.repeat(num_tiles))), axis=1)
-    # A sequence's tiles are some of all prefill tiles: what comes before them is taken off where they start.
-    before = np.add.accumulate(num_tiles) - num_tiles
-    origins = sequences[1].take(prefills) - before * query_tile
     firsts, ends = tiles[1, len(decodes) :], tiles[2, len(decodes) :]
-    np.add(origins.repeat(num_tiles), np.arange(0, len(firsts) * query_tile, query_tile), out=firsts, casting="unsafe")
+    # How many tiles of the same sequence come before each.
+    places = np.arange(len(firsts))
+    places -= (np.add.accumulate(num_tiles) - num_tiles).repeat(num_tiles)
+    places *= query_tile
+    np.add(firsts, places, out=firsts, casting="unsafe")
     np.minimum(firsts + query_tile, ends, out=ends)
     return tiles, len(decodes)
 
@@ -173,15 +174,14 @@ def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[
     target = partition.num_workers * partition.tasks_per_worker
     granules = -(int(np.add.reduce(minus_keys)) // (target * partition.min_split))
     length = max(granules, 1) * partition.min_split
-    longest: int | Int64s = length
-    if num_decode_tiles < len(minus_keys) and partition.prefill_units > 1:
-        longest = np.full(len(minus_keys), length)
-        longest[num_decode_tiles:] *= partition.prefill_units
-    excess = minus_keys + longest
-    # argmin is a fifth of min here.
-    if not len(minus_keys) or excess[excess.argmin()] >= 0:
+    prefill_length = length * partition.prefill_units
+    if _are_within(minus_keys[:num_decode_tiles], length) and _are_within(
+        minus_keys[num_decode_tiles:], prefill_length
+    ):
         order = _longest_first(minus_keys, num_decode_tiles)
         return tiles.take(order, axis=1), np.empty((4, 0), np.int32), num_decode_tiles, 0
+    longest = np.full(len(minus_keys), length)
+    longest[num_decode_tiles:] = prefill_length
     num_splits = np.maximum(-(minus_keys // longest), 1)
     is_split = num_splits > 1
     ends = num_splits.cumsum()
@@ -212,6 +212,12 @@ def _split(tiles: Int32s, num_decode_tiles: int, partition: Partition) -> tuple[
     merges[3] = num_splits.take(split_tiles)
     num_decode_tasks = int(firsts[num_decode_tiles]) if num_decode_tiles < len(firsts) else num_tasks
     return wide_tasks[:6].astype(np.int32), merges, num_decode_tasks, int(partial_ends[-1])
+
+
+def _are_within(minus_keys: Int64s, length: int) -> bool:
+    """Whether nobody has more than `length` keys. O(n)."""
+    # argmin is a fifth of min here.
+    return not len(minus_keys) or bool(minus_keys[minus_keys.argmin()] >= -length)
 
 
 def _longest_first(minus_keys: Int64s, num_decode_tiles: int) -> Int64s:

@@ -93,7 +93,7 @@ INLINE void NAME(int4_to_floats)(const uint8_t *codes, float step, float minimum
 #endif
 
 /* Channels [0, dim) of one row as floats. `scale` only matters to INT4, whose codes mean something by themselves in no group. */
-static void TARGET NAME(row_to_floats)(const struct cache *cache, int format, int dtype, const char *row,
+static void RARE NAME(row_to_floats)(const struct cache *cache, int format, int dtype, const char *row,
                                        const uint16_t *scale, float *to) {
     int dim = (int)cache->dim;
     const uint8_t *bytes = (const uint8_t *)row;
