@@ -25,7 +25,8 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
     struct NAME(fetches) key_fetches, value_fetches;
     if (task->is_few) {
-        NAME(rows_ahead)(task, &call->value, s->values[which], kv_head, num_keys, num_keys, ahead);
+        /* A head further than what is read next: half a head's time hides no memory's latency. */
+        NAME(rows_heads_ahead)(task, &call->value, s->values, which, kv_head, 1, num_keys, num_next, ahead);
     } else {
         /* A prefill task has one head: what comes next is the next tile of it. */
         const int num_tiles = (task->rows + GEMM_ROWS - 1) / GEMM_ROWS, columns = GEMM_VECTORS * LANES;
@@ -67,14 +68,12 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         float shrink[ROW_BLOCK + LANES], weight[ROW_BLOCK + LANES];
         NAME(soften)(task, kv_head, &block, shrink, weight, NULL);
         if (!are_values_ready) {
-            int is_last = kv_head + 1 == task->end_head;
             NAME(words_of_head)(task, &call->value, s->values[which], kv_head, first_key, num_keys, task->value_words,
                                 s->value_rows, values);
             NAME(hide_unseen)(task, first_key, num_keys, values);
             values[num_keys] = (const char *)s->zeros;
             if (task->is_few)
-                NAME(rows_ahead)(task, &call->key, s->keys[which ^ is_last], is_last ? task->first_head : kv_head + 1,
-                                 is_last ? num_next : num_keys, num_keys, ahead);
+                NAME(rows_heads_ahead)(task, &call->key, s->keys, which, kv_head, 2, num_keys, num_next, ahead);
             else
                 NAME(lay_values)(task->is_widened, values, num_keys, task->value_words, s->value_tile);
             are_values_ready = 1;

@@ -45,6 +45,14 @@ static void RARE NAME(rows_ahead)(const struct NAME(task) *task, const struct ca
         ahead[i] = i < num_rows ? rows[i] + offset : (const char *)task->scratch->zeros;
 }
 
+/* Those of the head that comes num_heads after this one; after the task's last head comes the first of the next tile. */
+static void TARGET NAME(rows_heads_ahead)(const struct NAME(task) *task, const struct cache *cache, const char **const rows[2], int which,
+                                          int kv_head, int num_heads, int num_keys, int num_next, const char **ahead) {
+    int slot = kv_head - task->first_head + num_heads, num_slots = task->end_head - task->first_head, is_next = slot >= num_slots;
+    NAME(rows_ahead)(task, cache, rows[which ^ is_next], task->first_head + slot % num_slots, is_next ? num_next : num_keys, num_keys,
+                     ahead);
+}
+
 static const uint16_t *NAME(group_scales)(const struct cache *cache, int64_t block, int64_t slot, int head) {
     return (const uint16_t *)cache->scale + block * cache->scale_block_stride + slot * cache->scale_slot_stride +
            head * cache->scale_head_stride;
