@@ -47,7 +47,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         block.padded_keys = ((task->is_few ? num_keys : num_seen) + LANES - 1) / LANES * LANES;
         if (task->is_few) {
             NAME(dot_rows)(task->is_widened, query + (int64_t)r * task->key_words,
-                           (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS, task->key_words, keys, num_keys, s->scores, KEY_TILE,
+                           (num_rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS, task->key_words, keys, num_keys, s->scores,
                            ahead, value_bytes);
         } else {
             const int panel = GEMM_VECTORS * LANES;
@@ -80,7 +80,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
         }
         if (task->is_few) {
             for (int i = num_rows; i % DOT_ROWS; i++) shrink[i] = weight[i] = 0.0f;
-            NAME(weigh_rows)(task->is_widened, s->scores, num_rows, KEY_TILE, values, num_keys, task->value_words, sums, shrink,
+            NAME(weigh_rows)(task->is_widened, s->scores, num_rows, values, num_keys, task->value_words, sums, shrink,
                              weight, ahead, key_bytes);
         } else {
             NAME(gemm)(num_rows, task->value_columns, (num_seen + PER_WORD - 1) / PER_WORD, s->scores, KEY_TILE, s->value_tile,

@@ -98,10 +98,10 @@ static void TARGET NAME(token_scales)(const struct NAME(task) *task, const struc
     const struct attention_call *call = task->call;
     const int32_t *table = call->block_tables + task->seq * call->table_stride;
     int block_size = (int)call->block_size;
-    for (int i = 0; i < num_keys;) {
-        int slot = (first_key + i) % block_size;
+    int block_idx = first_key / block_size, slot = first_key % block_size;
+    for (int i = 0; i < num_keys; block_idx++, slot = 0) {
         int num_slots = num_keys - i < block_size - slot ? num_keys - i : block_size - slot, s = 0;
-        const float *scale = (const float *)cache->scale + table[(first_key + i) / block_size] * cache->scale_block_stride +
+        const float *scale = (const float *)cache->scale + table[block_idx] * cache->scale_block_stride +
                              slot * cache->scale_slot_stride + head * cache->scale_head_stride;
         if (cache->scale_slot_stride == 1) {
             for (; s < num_slots; s++) to[i + s] = scale[s];

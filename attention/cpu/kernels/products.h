@@ -56,7 +56,7 @@ INLINE void NAME(dot_widened)(vf sums[LANES], const float *query, int num_words,
 #endif
 
 INLINE void NAME(dot_rows_of)(int is_widened, const float *query, int num_rows, int num_words, const char *const *keys,
-                              int num_keys, float *scores, int stride, const char *const *ahead, int ahead_bytes) {
+                              int num_keys, float *scores, const char *const *ahead, int ahead_bytes) {
     for (int k = 0; k < num_keys; k += DOT_KEYS) {
         for (int i = 0; i < DOT_KEYS; i++) NAME(fetch)(ahead[k + i], ahead_bytes);
         for (int r = 0; r < num_rows; r += DOT_ROWS) {
@@ -80,31 +80,31 @@ INLINE void NAME(dot_rows_of)(int is_widened, const float *query, int num_rows, 
             }
             float flat[LANES];
             NAME(store)(flat, NAME(as_floats)(NAME(sums_of)(sums)));
-            for (int j = 0; j < DOT_ROWS; j++) memcpy(scores + (r + j) * stride + k, flat + j * DOT_KEYS, DOT_KEYS * sizeof(float));
+            for (int j = 0; j < DOT_ROWS; j++) memcpy(scores + (r + j) * KEY_TILE + k, flat + j * DOT_KEYS, DOT_KEYS * sizeof(float));
         }
     }
 }
 
-/* scores[r * stride + k] = query row r . key k, for a few rows. Rows are padded to DOT_ROWS, keys to DOT_KEYS; the words
+/* scores[r * KEY_TILE + k] = query row r . key k, for a few rows. Rows are padded to DOT_ROWS, keys to DOT_KEYS; the words
    of a row to LANES. Keys are read in place, each once for DOT_ROWS rows, widened on the way where they are bf16 and words
    are floats; meanwhile the rows at `ahead`, which are needed next, are fetched: blocks lie anywhere, and no processor guesses
    where. */
 static void TARGET NAME(dot_rows)(int is_widened, const float *query, int num_rows, int num_words, const char *const *keys,
-                                  int num_keys, float *scores, int stride, const char *const *ahead, int ahead_bytes) {
+                                  int num_keys, float *scores, const char *const *ahead, int ahead_bytes) {
     if (is_widened)
-        NAME(dot_rows_of)(1, query, num_rows, num_words, keys, num_keys, scores, stride, ahead, ahead_bytes);
+        NAME(dot_rows_of)(1, query, num_rows, num_words, keys, num_keys, scores, ahead, ahead_bytes);
     else
-        NAME(dot_rows_of)(0, query, num_rows, num_words, keys, num_keys, scores, stride, ahead, ahead_bytes);
+        NAME(dot_rows_of)(0, query, num_rows, num_words, keys, num_keys, scores, ahead, ahead_bytes);
 }
 
-INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights, int stride, const char *const *values,
+INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights, const char *const *values,
                               int num_keys, int word, float *to, int to_stride, const float *factor, const float *unit,
                               struct NAME(fetches) *ahead) {
     vf sums[DOT_ROWS][4];
     for (int j = 0; j < DOT_ROWS; j++)
         for (int v = 0; v < vectors; v++)
             sums[j][v] = IS_INTEGER ? (vf){0} : NAME(load)(to + j * to_stride + v * LANES) * factor[j];
-    for (int k = 0; k < num_keys; k += PER_WORD) {
+    for (int k = 0; k < num_keys; k += PER_WORD, weights++) {
         if (k % FETCH_ROWS == 0) NAME(fetch_share)(ahead);
         vf column[4];
 #if PER_WORD == 2
@@ -119,7 +119,7 @@ INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights,
             for (int v = 0; v < vectors; v++) column[v] = NAME(load_words)(values[k], word + v * LANES);
 #endif
         for (int j = 0; j < DOT_ROWS; j++) {
-            vf weight = NAME(splat)(weights + j * stride + k / PER_WORD);
+            vf weight = NAME(splat)(weights + j * KEY_TILE);
             for (int v = 0; v < vectors; v++) sums[j][v] = NAME(multiply_add)(sums[j][v], weight, column[v]);
         }
     }
@@ -133,7 +133,7 @@ INLINE void NAME(weigh_chunk)(int is_widened, int vectors, const float *weights,
     (void)unit, (void)is_widened;
 }
 
-INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_rows, int stride, const char *const *values,
+INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_rows, const char *const *values,
                                 int num_keys, int num_words, float *sums, const float *factor, const float *unit,
                                 const char *const *ahead, int ahead_bytes) {
     const int chunk = 4 / PER_WORD * LANES; /* words: four vectors of columns */
@@ -146,11 +146,11 @@ INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_ro
             int vectors = num_words - w < chunk ? (num_words - w) / LANES * PER_WORD : 4;
             float *to = sums + (int64_t)r * num_words * PER_WORD + w * PER_WORD;
             if (vectors == 4) {
-                NAME(weigh_chunk)(is_widened, 4, weights + r * stride, stride, values, num_keys, w, to, num_words * PER_WORD,
+                NAME(weigh_chunk)(is_widened, 4, weights + r * KEY_TILE, values, num_keys, w, to, num_words * PER_WORD,
                                   factor + r, unit + r, &fetches);
             } else {
                 for (int v = 0; v < vectors; v += step)
-                    NAME(weigh_chunk)(is_widened, step, weights + r * stride, stride, values, num_keys, w + v / PER_WORD * LANES,
+                    NAME(weigh_chunk)(is_widened, step, weights + r * KEY_TILE, values, num_keys, w + v / PER_WORD * LANES,
                                       to + v * LANES, num_words * PER_WORD, factor + r, unit + r, &fetches);
             }
         }
@@ -158,13 +158,13 @@ INLINE void NAME(weigh_rows_of)(int is_widened, const float *weights, int num_ro
 
 /* sums[r][column] = sums[r][column] * factor[r] + weighted values, for a few rows, padded to DOT_ROWS. Values are read in place,
    in pairs where a word is one; so columns come out in another order, which `in_order` undoes at the end. */
-static void TARGET NAME(weigh_rows)(int is_widened, const float *weights, int num_rows, int stride, const char *const *values,
+static void TARGET NAME(weigh_rows)(int is_widened, const float *weights, int num_rows, const char *const *values,
                                     int num_keys, int num_words, float *sums, const float *factor, const float *unit,
                                     const char *const *ahead, int ahead_bytes) {
     if (is_widened)
-        NAME(weigh_rows_of)(1, weights, num_rows, stride, values, num_keys, num_words, sums, factor, unit, ahead, ahead_bytes);
+        NAME(weigh_rows_of)(1, weights, num_rows, values, num_keys, num_words, sums, factor, unit, ahead, ahead_bytes);
     else
-        NAME(weigh_rows_of)(0, weights, num_rows, stride, values, num_keys, num_words, sums, factor, unit, ahead, ahead_bytes);
+        NAME(weigh_rows_of)(0, weights, num_rows, values, num_keys, num_words, sums, factor, unit, ahead, ahead_bytes);
 }
 
 /* c[r][col] = c[r][col] * factor[r] + weight[r] * sum over k of a[r][k] * b[k][col], one register tile; without factors
