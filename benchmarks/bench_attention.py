@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here too, be they all or a part")
     options = parser.parse_args()
 
-    report = Report(__doc__ or "")
+    report = Report(__doc__ or "", has_options=True)
     report.machine |= {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
     print(f"torch {torch.__version__} on {torch.get_num_threads()} threads")
     for info in backend_info():

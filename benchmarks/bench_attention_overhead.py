@@ -120,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # One thread does all the work, so that its CPU time is the whole cost.
     torch.set_num_threads(1)
-    report = Report(__doc__ or "")
+    report = Report(__doc__ or "", has_options=True)
     for prefix, group in (("plan of 256 ragged sequences, ", plans()), ("", calls())):
         for name, function in group.items():
             target = {"target_us": TARGETS_US[name]} if name in TARGETS_US else {}

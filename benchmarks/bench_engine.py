@@ -228,7 +228,7 @@ def main() -> None:
     only = parser.parse_args().only
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    report = harness.Report(__doc__ or "")
+    report = harness.Report(__doc__ or "", has_options=True)
     report.machine |= {"torch": torch.__version__, "transformers": transformers.__version__, "threads": "1"}
     model = small_llama()
     for name, section in sections.items():

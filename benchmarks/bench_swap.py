@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     device = torch.device(parser.parse_args().device)
-    report = harness.Report(__doc__ or "")
+    report = harness.Report(__doc__ or "", has_options=True)
     report.name = "swap" if device.type == "cpu" else f"swap_{device.type}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     report.machine |= {"torch": torch.__version__, "device": name}

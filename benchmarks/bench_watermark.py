@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from harness import RESULTS, machine
+from harness import RESULTS, know_only_help, machine
 from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.simulations.metrics import summarize
@@ -20,6 +20,7 @@ WATERMARKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15)
 
 
 def main() -> None:
+    know_only_help(__doc__ or "")
     if missing(AZURE_CONVERSATION):
         return
     trace = load_trace(AZURE_CONVERSATION).head(6000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
@@ -90,10 +91,20 @@ def with_instruction_set(name: str) -> str:
     return name if best == "avx512" else f"{name}_{best}"
 
 
-class Report:
-    """Collects rows, each with the yardstick measured right after it, prints them and writes them."""
+def know_only_help(doc: str) -> None:
+    """Show the beginning of a benchmark's docstring for `--help`; refuse all other arguments."""
+    argparse.ArgumentParser(description=doc.strip().split("\n\n")[0]).parse_args()
 
-    def __init__(self, question: str) -> None:
+
+class Report:
+    """Collects rows, each with the yardstick measured right after it, prints them and writes them.
+
+    has_options: whether the benchmark has options of its own, and has parsed them
+    """
+
+    def __init__(self, question: str, *, has_options: bool = False) -> None:
+        if not has_options:
+            know_only_help(question)
         self.name = Path(sys.argv[0]).stem.removeprefix("bench_")
         self.rows: list[dict[str, Any]] = []
         self.question = question.strip().splitlines()[0]

@@ -11,7 +11,7 @@ import json
 import pstats
 from pathlib import Path
 
-from harness import RESULTS, machine
+from harness import RESULTS, know_only_help, machine
 from public_traces import AZURE_CONVERSATION, missing
 
 from pagedkv.simulations.replay import ReplayConfig, replay
@@ -27,6 +27,7 @@ def name_of(function: tuple[str, int, str]) -> str:
 
 
 def main() -> None:
+    know_only_help(__doc__ or "")
     if missing(AZURE_CONVERSATION):
         return
     trace = load_trace(AZURE_CONVERSATION).head(10_000)
