@@ -348,7 +348,7 @@ class KVCacheManager:
         """
         row = self.row(sequence_id)
         if row not in self.memory.host_blocks:
-            raise InvalidArgumentError(f"sequence {sequence_id!r} is not swapped out")
+            raise InvalidArgumentError(f"sequence {shown(sequence_id)} is not swapped out")
         memory = self.memory
         hits = memory.naming.written(memory.resident_blocks(row))
         if self._step is None:
@@ -420,7 +420,7 @@ class KVCacheManager:
     def _device_row(self, sequence_id: Hashable) -> int:
         row = self.row(sequence_id)
         if row in self.memory.host_blocks:
-            raise InvalidArgumentError(f"sequence {sequence_id!r} is swapped out: swap it in first")
+            raise InvalidArgumentError(f"sequence {shown(sequence_id)} is swapped out: swap it in first")
         return row
 
     def _written_hits(self, content: Content, num_known: int) -> BlockIds:
