@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.autograd import profiler
+from torch.compiler import is_compiling
 
 from pagedkv.attention.backends import backend_named
 from pagedkv.attention.call import AttentionCall, WriteCall
@@ -124,11 +127,8 @@ def _run_write(
 
 def is_watched() -> bool:
     """Whether a compiler, a dispatch mode or the profiler follows operators here, so that each must go through torch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.profiler._is_profiler_enabled
-    )
+    # By names of this module: each that is looked up in a module of torch's comes from memory when caches are cold.
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or profiler._is_profiler_enabled
 
 
 for _device in ("CPU", "CUDA"):
