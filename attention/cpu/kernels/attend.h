@@ -25,7 +25,7 @@ static void TARGET NAME(attend_tile)(const struct NAME(task) *task, int kv_head,
     int key_bytes = (int)call->key.dim * ELEMENT_BYTES(call), value_bytes = (int)call->value.dim * ELEMENT_BYTES(call);
     struct NAME(fetches) key_fetches, value_fetches;
     if (task->is_few) {
-        /* A head further than what is read next: half a head's time hides no memory's latency. */
+        /* A head further than what is read next: half a head does not take as long as memory does. */
         NAME(rows_heads_ahead)(task, &call->value, s->values, which, kv_head, 1, num_keys, num_next, ahead);
     } else {
         /* A prefill task has one head: what comes next is the next tile of it. */
