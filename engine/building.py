@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def build_engine(
         require_object("tokenizer", tokenizer, "decode", "AutoTokenizer.from_pretrained(name)")
     if drafter is not None:
         require_object("drafter", drafter, "propose", "NgramDrafter()")
+    for name, place in (("timeline", timeline), ("record", record)):
+        if not isinstance(place, str | PathLike | None):
+            raise ConfigError(f"{name} must be a path, found one of type {type(place).__name__}")
+    if not callable(clock):
+        raise ConfigError(f"clock must be a function such as time.monotonic, found one of type {type(clock).__name__}")
     model.eval()
     layers = inspect_model(model)
     if self_check:

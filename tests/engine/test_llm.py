@@ -380,9 +380,12 @@ def test_limits_beside_a_scheduler_config_are_refused(model: Any, option: str) -
             "gpt2",
             r"tokenizer must be an object such as AutoTokenizer.from_pretrained\(name\), found 'gpt2'",
         ),
+        ("timeline", 3, "timeline must be a path, found one of type int"),
+        ("record", True, "record must be a path, found one of type bool"),
+        ("clock", 3.0, r"clock must be a function such as time.monotonic, found one of type float"),
     ],
 )
-def test_a_name_in_the_place_of_an_object_is_refused(model: Any, option: str, value: object, message: str) -> None:
+def test_an_option_of_the_wrong_kind_is_refused(model: Any, option: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_llm(model, **{option: value})
 
