@@ -22,6 +22,7 @@ from pagedkv.attention.cpu import build
 from pagedkv.attention.cpu.backend import CPUBackend
 from pagedkv.attention.cpu.build import KernelBuildError, compile_kernel, find_kernel, kernel_name
 from pagedkv.attention.cpu.library import AttentionCallC, Kernel
+from pagedkv.attention.formats import dequantize
 
 HAS_COMPILER = build.can_compile()
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
@@ -87,6 +88,33 @@ def test_every_instruction_set_agrees_with_float64(kernel: Kernel, instruction_s
                     continue
                 case = dataclasses.replace(batch, dtype=dtype, cache=cache, int4_groups=(1, 1))
                 check(case, *case.call("cpu"))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_all_that_one_key_has_to_say_is_its_value(kernel: Kernel, instruction_set: str, dtype: torch.dtype) -> None:
+    if instruction_set not in kernel.instruction_sets:
+        pytest.skip(f"this processor has no {instruction_set}")
+    kernel.instruction_set = instruction_set
+    # Every code of fp8; of int4 all sixteen in each of eight groups.
+    num_codes = 128 if dtype == torch.uint8 else 256
+    codes = torch.arange(num_codes, dtype=torch.uint8) * (17 if dtype == torch.uint8 else 1)
+    cache = codes.view(dtype).view(1, 1, 1, num_codes)
+    scale = None
+    if dtype == torch.uint8:
+        generator = torch.Generator().manual_seed(0)
+        scale = torch.randn(1, 1, 1, 8, 2, generator=generator).bfloat16()
+    numbers = dequantize(cache, scale, torch.float32)
+    query = torch.zeros(1, 1, 256, dtype=torch.bfloat16)
+    one = torch.ones(1, dtype=torch.int32)
+
+    keys = torch.zeros_like(cache.view(torch.uint8)).view(dtype)
+    out = paged_attention(
+        query, keys, cache, torch.zeros(1, 1, dtype=torch.int32), one, torch.tensor([0, 1], dtype=torch.int32),
+        k_scale=scale, v_scale=scale, backend="cpu",
+    )  # fmt: skip
+
+    assert torch.equal(out[0, 0].nan_to_num(1e30), numbers[0, 0, 0].bfloat16().nan_to_num(1e30))
 
 
 def test_the_best_instruction_sets_come_first_and_the_last_in_use_serves_everything(kernel: Kernel) -> None:

@@ -169,6 +169,14 @@ def test_a_prefill_whose_heads_keep_the_workers_busy_is_split_later_than_a_decod
     assert splits == [[2, 2], [2, 1], [2, 1]]
 
 
+@pytest.mark.parametrize("lens", [((20, 100),), ((20, 100), (1, 3))])
+def test_a_long_prefill_is_split_where_no_decode_is(lens: tuple[tuple[int, int], ...]) -> None:
+    tasks, _, counts = Ragged(lens, Partition(4, 8, 64, 10, tasks_per_worker=1, prefill_units=2)).make()
+
+    prefill = tasks[:, counts.num_decode_tasks :]
+    assert prefill[3:5].T.tolist() == [[0, 60], [60, 100]]
+
+
 def test_decodes_that_are_not_split_come_longest_first() -> None:
     tasks, _, _ = Ragged(((1, 5), (1, 50), (1, 20)), Partition(1, 8, 64, 100)).make()
 
